@@ -1,0 +1,1 @@
+"""From a model to coupled groups: trace, rules, groups."""

@@ -1,0 +1,109 @@
+"""What a trace of a model yields: groups of units, the slices they stand in, the work they cost.
+
+Everything here is frozen and framework-free: names and terms, no tensors of the model.
+
+- A **slice** is one dimension of one named parameter or buffer, as an `Extent` over groups. Its role for
+  a group says what switching a unit off does there: a `reader` is contracted with the unit's output
+  (the next layer's columns; zeroing them removes the unit exactly, whatever the activation), a
+  `producer` computes the unit or is applied to it unit by unit (rows, biases, norm entries).
+- **Work** is one counted operator: `FLOPs = coefficient × Π size(factor)`, as torch's FlopCounterMode
+  counts it (a multiply-add is 2).
+- A **size attribute** is a Python integer the model's code reads (`num_heads`, `in_features`, `groups`),
+  equal to the size of an extent; it must follow when the tensors shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .extents import Extent
+
+__all__ = ["Group", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work"]
+
+Role = Literal["reader", "producer"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Dimension `dim` of the parameter or buffer called `tensor`."""
+
+    tensor: str
+    dim: int
+    extent: Extent
+    role: Role
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that live in one index space; all slices go together."""
+
+    name: str
+    size: int
+    kind: str  # "channel", "neuron", "head", "head member", "group", … : for people, no behaviour hangs on it
+    slices: tuple[Slice, ...]
+
+    @property
+    def readers(self) -> tuple[Slice, ...]:
+        return tuple(s for s in self.slices if s.role == "reader")
+
+    @property
+    def producers(self) -> tuple[Slice, ...]:
+        return tuple(s for s in self.slices if s.role == "producer")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An index space that is left alone, and why, in the user's terms."""
+
+    name: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operator: FLOPs per forward pass on the example inputs = coefficient × Π size(factor)."""
+
+    where: str  # dotted name of the module that ran it
+    operator: str
+    coefficient: int
+    factors: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class SizeAttribute:
+    """`getattr(module, attribute)` (entry `index` where it is a tuple) equals the size of `extent`."""
+
+    module: str
+    attribute: str
+    index: int | None
+    extent: Extent
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The model as the rest of the package sees it.
+
+    `tensors` gives, for every parameter and buffer (canonical names, shared ones once), one extent per
+    dimension, Fixed where nothing is prunable; `work` the counted operators of one forward pass on the
+    example inputs in eval mode; `aliases` the extra names of shared tensors -> canonical name.
+    """
+
+    groups: tuple[Group, ...]
+    refused: tuple[Refusal, ...]
+    tensors: Mapping[str, tuple[Extent, ...]]
+    parameters: frozenset[str]  # which of `tensors` are parameters (the others are buffers)
+    attributes: tuple[SizeAttribute, ...]
+    work: tuple[Work, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Dense widths N_g."""
+        return tuple(g.size for g in self.groups)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(g.name for g in self.groups)
