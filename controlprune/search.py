@@ -1,0 +1,359 @@
+"""The search over widths behind `tradeoff.solve`: greedy steps, swaps, a window enumerated, finer steps.
+
+State is a rung per group. A move of group g from rung i to i ± 1 changes u units, the worth by ΔV and the
+resources by ΔC_k, always evaluated at the present widths. With ΔN = ΔV − λ·ΔC:
+
+- down, while a limit is exceeded: smallest ΔN per Σ_k ΔC_k / excess_k (over exceeded limits) first;
+  without an exceeded limit, while ΔN < 0.
+- up, while something fits: largest ΔN ≥ 0 per Σ_k ΔC_k / slack_k first.
+- swap: a up by i rungs, b down by j, the largest gain ΔN_a − ΔN_b > 0 that fits. Judged by separate
+  marginals, which overstates the cost (positive coefficients: C(n + a − b) ≤ C + ΔC_a − ΔC_b), so a
+  swap found is feasible.
+- window: all width vectors within ± w rungs in a few groups, best by (lands within `tolerance` of a
+  limit, objective).
+
+While far from the limit a round takes a block of moves (an eighth of what is missing, at most 8 rungs a
+group), so that hundreds of groups need tens of rounds; near the limit it takes one. V is concave and
+rungs are evenly spaced, so a block takes a prefix of each group's rungs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from .cost.polynomial import Polynomial
+
+__all__ = ["Search", "search", "shadow_prices"]
+
+Array = NDArray[np.float64]
+Rungs = NDArray[np.int64]
+LOOKAHEAD = 8  # rungs of a group one round may take
+SHARE = 1 / 8  # of the excess or slack one round may take
+CANDIDATES = 32  # moves of each direction that are paired in a swap
+WINDOW = 8192  # width vectors enumerated at once (fewer where the polynomials are long)
+FEW = 32  # groups up to which the search also starts from the floor
+WORK = 1_000_000  # width vectors × terms evaluated in one window
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Allowed widths of all groups one after the other, V there, and the costs.
+
+    A state is `at`: [G], indices into `rungs`; those of group g are start[g] … start[g + 1] − 1.
+    """
+
+    rungs: Rungs  # allowed widths, ascending in each group
+    worth: Array  # V_g at them
+    start: Rungs  # [G + 1]
+    curves: tuple[Array, ...]  # V_g(0 … N_g)
+    costs: tuple[Polynomial, ...]
+    limits: Array
+    prices: Array
+    dense: Array
+    tolerance: float
+
+    @staticmethod
+    def of(
+        ladders: Sequence[Rungs],
+        curves: Sequence[Array],
+        costs: tuple[Polynomial, ...],
+        limits: Array,
+        prices: Array,
+        dense: Array,
+        tolerance: float,
+    ) -> Search:
+        worth = [curve[rungs] for rungs, curve in zip(ladders, curves, strict=True)]
+        return Search(
+            rungs=np.concatenate(ladders),
+            worth=np.concatenate(worth),
+            start=np.cumsum([0, *map(len, ladders)]),
+            curves=tuple(curves),
+            costs=costs,
+            limits=limits,
+            prices=prices,
+            dense=dense,
+            tolerance=tolerance,
+        )
+
+    @property
+    def ladders(self) -> list[Rungs]:
+        return np.split(self.rungs, self.start[1:-1])
+
+    @property
+    def bottom(self) -> Rungs:
+        return self.start[:-1]
+
+    @property
+    def top(self) -> Rungs:
+        return self.start[1:] - 1
+
+    def nearest(self, widths: Rungs) -> Rungs:
+        """The state with these widths, or the next ones above."""
+        places = [np.searchsorted(rungs, n) for rungs, n in zip(self.ladders, widths, strict=True)]
+        return np.minimum(self.bottom + np.array(places, dtype=np.int64), self.top)
+
+    def resources(self, at: Rungs) -> Array:
+        return np.array([cost.value(self.rungs[at]) for cost in self.costs])
+
+    def landed(self, resources: Array) -> NDArray[np.bool_]:
+        """[…, K] -> […]: near enough under some limit (always, where a price decides)."""
+        if self.prices.any() or np.isinf(self.limits).all():
+            return np.ones(resources.shape[:-1], dtype=bool)
+        return np.asarray((resources >= self.limits - self.tolerance * self.dense).any(axis=-1))
+
+    def rank(self, at: Rungs) -> tuple[bool, float]:
+        resources = self.resources(at)
+        return bool(self.landed(resources)), float(self.worth[at].sum() - self.prices @ resources)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moves:
+    """Moves by 1 … M rungs from one state, one direction: [G, M]; where there is none, `units` is 0."""
+
+    units: Rungs  # units taken on or off
+    value: Array  # |ΔV|
+    cost: Array  # |ΔC_k| of the whole move, [K, G, M]
+
+    def net(self, prices: Array) -> Array:
+        return self.value - np.tensordot(prices, self.cost, axes=1)
+
+
+def _moves(space: Search, at: Rungs, sign: int, reach: int, exact: int = 1) -> _Moves:
+    """`exact`: up to how many rungs the cost is evaluated and not extrapolated from one rung."""
+    there = at[:, None] + sign * np.arange(1, reach + 1)
+    exists = (there <= space.top[:, None]) & (there >= space.bottom[:, None])
+    there = np.where(exists, there, at[:, None])
+    here = space.rungs[at]
+    units = np.abs(space.rungs[there] - here[:, None])
+    value = np.abs(space.worth[there] - space.worth[at][:, None])
+    per_unit = np.zeros((len(space.costs), len(at), reach))
+    for j in range(reach):
+        if j >= exact:
+            per_unit[:, :, j] = per_unit[:, :, exact - 1]
+            continue
+        saved = np.stack([cost.marginals(here, -sign * units[:, j]) for cost in space.costs])
+        per_unit[:, :, j] = np.abs(saved) / np.maximum(units[:, j], 1)
+    return _Moves(units, value, per_unit * units)
+
+
+def _single(moves: _Moves, prices: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Rung by rung instead of cumulative: (net, cost [K, …], exists), each [G, M]."""
+    net = np.diff(moves.net(prices), axis=1, prepend=0.0)
+    cost = np.diff(moves.cost, axis=2, prepend=0.0)
+    exists = np.diff(moves.units, axis=1, prepend=0) > 0
+    return net, cost, exists
+
+
+def _block(score: Array, burden: Array, possible: NDArray[np.bool_]) -> Rungs:
+    """How many rungs of each group the round takes: lowest scores first, up to SHARE of the burden."""
+    flat = np.flatnonzero(possible)
+    ranked = flat[np.argsort(score.ravel()[flat], kind="stable")]
+    count = max(1, int(np.searchsorted(np.cumsum(burden.ravel()[ranked]), SHARE, side="right")))
+    return np.bincount(ranked[:count] // score.shape[1], minlength=len(score)).astype(np.int64)
+
+
+def down(space: Search, at: Rungs) -> Rungs:
+    """Give up rungs until every limit is met and no rung costs more than it is worth."""
+    while True:
+        excess = space.resources(at) - space.limits
+        net, cost, exists = _single(_moves(space, at, -1, LOOKAHEAD), space.prices)
+        over = excess > 0
+        if over.any():
+            burden = np.tensordot(1 / excess[over], cost[over], axes=1)
+            possible = exists & (burden > 0)
+        else:
+            burden = np.full(net.shape, SHARE / max(1.0, np.sqrt(net.size)))
+            possible = exists & (net < 0)
+        if not possible.any():
+            return at
+        score = net / np.where(burden > 0, burden, 1.0)
+        at = at - _block(score, burden, possible)
+
+
+def up(space: Search, at: Rungs) -> Rungs:
+    """Take on rungs while one fits and is worth its price."""
+    while True:
+        slack = space.limits - space.resources(at)
+        net, cost, exists = _single(_moves(space, at, 1, LOOKAHEAD), space.prices)
+        fits = (cost <= np.maximum(slack, 0)[:, None, None]).all(axis=0)
+        possible = exists & (net >= 0) & np.logical_and.accumulate(fits, axis=1)
+        if not possible.any():
+            return at
+        tight = np.isfinite(slack) & (slack > 0)
+        burden = np.tensordot(1 / slack[tight], cost[tight], axes=1)
+        score = -net / np.where(burden > 0, burden, 1e-300)
+        taken = _block(score, burden if tight.any() else np.full(net.shape, SHARE / 4), possible)
+        block = at + taken
+        if (space.resources(block) > space.limits).any():
+            first = np.where(possible[:, 0], score[:, 0], np.inf)
+            block = at + np.eye(len(at), dtype=np.int64)[np.argmin(first)]
+        at = block
+
+
+def swap(space: Search, at: Rungs) -> Rungs | None:
+    """The best exchange of one group's rungs for another's, or None."""
+    rise, fall = _moves(space, at, 1, 2, exact=2), _moves(space, at, -1, 4, exact=4)
+    slack = space.limits - space.resources(at)
+    scale = 1 / np.where(np.isfinite(space.limits), np.maximum(space.limits, 1), np.inf)
+    ups = _promising(rise, space.prices, scale, best=True)
+    downs = _promising(fall, space.prices, scale, best=False)
+    gain = rise.net(space.prices).ravel()[ups][:, None] - fall.net(space.prices).ravel()[downs][None]
+    use = [
+        c.ravel()[ups][:, None] - d.ravel()[downs][None] for c, d in zip(rise.cost, fall.cost, strict=True)
+    ]
+    fits = np.all([u <= s for u, s in zip(use, slack, strict=True)], axis=0)
+    fits &= (ups // 2)[:, None] != (downs // 4)[None]
+    gain = np.where(fits, gain, -np.inf)
+    if not gain.size or gain.max() <= 1e-12 * max(1.0, abs(space.worth[at].sum())):
+        return None
+    a, b = np.unravel_index(int(gain.argmax()), gain.shape)
+    out = at.copy()
+    out[ups[a] // 2] += ups[a] % 2 + 1
+    out[downs[b] // 4] -= downs[b] % 4 + 1
+    return out
+
+
+def _promising(moves: _Moves, prices: Array, scale: Array, best: bool) -> NDArray[np.intp]:
+    """Flat indices of the moves with the most (or least) net value per share of the limits."""
+    exists = np.flatnonzero(moves.units)
+    cost = np.tensordot(scale, moves.cost, axes=1).ravel()[exists]
+    score = moves.net(prices).ravel()[exists] / np.maximum(cost, 1e-300)
+    return exists[np.argsort(-score if best else score, kind="stable")[:CANDIDATES]]
+
+
+def window(space: Search, at: Rungs) -> Rungs:
+    """The best state within a window of rungs around `at` (all of the space, if it is small)."""
+    terms = sum(len(cost.coefficients) for cost in space.costs)
+    room = min(WINDOW, max(243, WORK // max(1, terms)))
+    chosen = _marginal_groups(space, at, room)
+    bottom, top = space.bottom[chosen], space.top[chosen]
+    reach = int((top - bottom).max())
+    while reach > 1 and np.log(np.minimum(2.0 * reach + 1, top - bottom + 1)).sum() > np.log(room):
+        reach -= max(1, reach // 16)
+    low = np.maximum(at[chosen] - reach, bottom)
+    axes = [np.arange(a, b + 1) for a, b in zip(low, np.minimum(at[chosen] + reach, top), strict=True)]
+    states = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(chosen))
+    widths = np.repeat(space.rungs[at][None], len(states), axis=0)
+    widths[:, chosen] = space.rungs[states]
+    resources = np.stack([cost.values(widths) for cost in space.costs], axis=-1)
+    objective = space.worth[states].sum(axis=-1) - resources @ space.prices
+    feasible = (resources <= space.limits).all(axis=-1)
+    landed = feasible & space.landed(resources)
+    allowed = landed if landed.any() else feasible
+    if not allowed.any():
+        return at
+    tie = 1e-12 * max(1.0, float(np.abs(objective).max()))
+    best = np.flatnonzero(allowed & (objective >= objective[allowed].max() - tie))
+    out = at.copy()
+    out[chosen] = states[best[np.argmax((resources[best] / space.dense).sum(axis=-1))]]
+    return out
+
+
+def _marginal_groups(space: Search, at: Rungs, room: int) -> NDArray[np.intp]:
+    """Groups to enumerate: all, or those with the cheapest next rung down and the best one up."""
+    if len(at) * np.log(3) <= np.log(room):
+        return np.arange(len(at))
+    most = 6 if room >= 3**6 else 4
+    scale = 1 / space.dense
+    downs = _promising(_moves(space, at, -1, 1), space.prices, scale, best=False)
+    ups = _promising(_moves(space, at, 1, 1), space.prices, scale, best=True)
+    both = [g for pair in zip_longest(downs, ups) for g in pair if g is not None]
+    return np.array(sorted(dict.fromkeys(both[:most])), dtype=np.intp)
+
+
+def polish(space: Search, at: Rungs) -> Rungs:
+    """Fill, swap while it gains, then enumerate windows while that gains."""
+    at = up(space, at)
+    for _ in range(2 * CANDIDATES):
+        swapped = swap(space, at)
+        if swapped is None:
+            break
+        at = up(space, swapped)
+    for _ in range(8):
+        better = window(space, at)
+        if space.rank(better) <= space.rank(at):
+            return better
+        at = up(space, better)
+    return at
+
+
+def search(space: Search, current: Rungs, coarsest: int) -> tuple[Search, Rungs]:
+    """The best state found, and the search space with the rungs that were added on the way."""
+    if np.log(space.top - space.bottom + 1).sum() <= np.log(WINDOW):
+        starts = [space.bottom]
+    else:
+        starts = [down(space, space.top)]
+        if (current < space.rungs[space.top]).any():
+            starts.append(down(space, space.nearest(current)))
+        if len(space.top) <= FEW:
+            starts.append(space.bottom)
+    at = max((polish(space, start) for start in starts), key=space.rank)
+    step = coarsest // 2
+    while step >= 1 and not space.landed(space.resources(at)):
+        widths = space.rungs[at]
+        space = _finer(space, widths, step)
+        at = _last_move(space, space.nearest(widths))
+        step //= 2
+    return space, at
+
+
+def _finer(space: Search, widths: Rungs, step: int) -> Search:
+    """Rungs at multiples of `step` between each width and the rung above it."""
+    ladders = []
+    for rungs, n in zip(space.ladders, widths, strict=True):
+        above = rungs[rungs > n][:1]
+        between = [np.arange(n - n % step + step, m, step) for m in above]
+        ladders.append(np.unique(np.concatenate([rungs, *between])))
+    return Search.of(
+        ladders, space.curves, space.costs, space.limits, space.prices, space.dense, space.tolerance
+    )
+
+
+def _last_move(space: Search, at: Rungs) -> Rungs:
+    """Single groups up by finer steps, most valuable first, only until the limit is near enough."""
+    for _ in range(len(at)):
+        resources = space.resources(at)
+        if space.landed(resources):
+            return at
+        moves = _moves(space, at, 1, LOOKAHEAD, exact=LOOKAHEAD)
+        after = resources[:, None, None] + moves.cost
+        fits = (moves.units > 0) & (after <= space.limits[:, None, None]).all(axis=0)
+        if not fits.any():
+            return at
+        lands = fits & space.landed(np.moveaxis(after, 0, -1))
+        share = (moves.cost / space.dense[:, None, None]).max(axis=0)
+        score = np.where(lands, moves.value, -np.inf) if lands.any() else np.where(fits, share, -np.inf)
+        g, j = np.unravel_index(int(score.argmax()), score.shape)
+        at = at.copy()
+        at[g] += j + 1
+    return at
+
+
+def shadow_prices(space: Search, at: Rungs) -> Array:
+    """Loss per unit of each binding resource at the margin: `ΔN_g ≈ Σ_k λ_k ΔC_k` over the next moves.
+
+    Non-negative least squares over groups that could move both ways (any way, if there is none), each
+    row divided by its cost; 0 for a resource whose limit would let every next rung up pass.
+    """
+    rise, fall = _moves(space, at, 1, 1), _moves(space, at, -1, 1)
+    slack = space.limits - space.resources(at)
+    binding = (rise.cost[:, :, 0] > slack[:, None]).any(axis=1)
+    out = np.zeros(len(space.costs))
+    if not binding.any():
+        return out
+    can = [moves.units[:, 0] > 0 for moves in (rise, fall)]
+    inner = can[0] & can[1]
+    rows = [(m, inner if inner.any() else c) for m, c in zip((rise, fall), can, strict=True)]
+    worth = np.concatenate([moves.net(space.prices)[use, 0] for moves, use in rows])
+    use = np.concatenate([moves.cost[binding][:, use, 0].T for moves, use in rows])
+    scale = 1 / space.dense[binding]
+    weight = np.maximum(use @ scale, 1e-300)
+    solution, _ = nnls(use * scale / weight[:, None], np.maximum(worth, 0) / weight)
+    out[binding] = solution * scale
+    return out
