@@ -1,0 +1,226 @@
+"""One model through the contract: every group, a random half of its units off.
+
+    masked output = shrunk output     ‖masked − shrunk‖∞ / ‖masked‖∞ ≤ 1e-4 in float32 (or ≤ 1e-9 in
+                                      float64, where float32 differs by rounding alone), on the example
+                                      inputs and on others of the same shape
+    expand(shrink(m)) = m             every entry of the state dict, bit for bit
+    FLOPs                             shrunk / dense, by torch's FlopCounterMode, MHA's fast path off
+
+Before the check, constant parameters (norms at 1, biases at 0, layer scale at 1e-6) and BatchNorm
+statistics are made different for every channel: a slice that is taken at the wrong place must show.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from controlprune.masking import Plant
+from controlprune.structure import analyse, verify
+from controlprune.structure.groups import Refusal, Structure
+
+from .parts import Factory, Inputs
+
+__all__ = ["FULL", "Result", "check", "run", "scatter"]
+
+FULL = 0.8  # a model is fully handled when halving all its groups brings its FLOPs under this
+TOLERANCE, EXACT = 1e-4, 1e-9
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model showed. `status` is "full", "partial", "refused", "WRONG" or "error"."""
+
+    groups: int = 0
+    refused: tuple[Refusal, ...] = ()
+    flop_ratio: float = 1.0
+    max_error: float = 0.0
+    max_error_float64: float | None = None  # measured only where float32 misses the tolerance
+    restored: bool = True
+    trains: bool = True  # the shrunk model runs forward and backward in training mode
+    seconds: float = 0.0
+    failure: str = ""
+
+    @property
+    def exact(self) -> bool:
+        within = self.max_error <= TOLERANCE
+        return within or (self.max_error_float64 is not None and self.max_error_float64 <= EXACT)
+
+    @property
+    def status(self) -> str:
+        if self.failure:
+            return "error"
+        if not (self.exact and self.restored):
+            return "WRONG"
+        if not self.groups:
+            return "refused"
+        return "full" if self.flop_ratio < FULL and self.trains else "partial"
+
+
+def scatter(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every channel its own value where an initialisation gave them all the same (in place)."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and parameter.is_floating_point():
+                _spread(parameter, random)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+                assert module.running_var is not None
+                module.running_mean.copy_(torch.randn(module.running_mean.shape, generator=random) * 0.3)
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=random) + 0.5)
+    return model
+
+
+def _spread(parameter: Tensor, random: torch.Generator) -> None:
+    first = float(parameter.flatten()[0])
+    if not bool((parameter == first).all()):
+        return
+    noise = torch.randn(parameter.shape, generator=random).to(parameter.dtype)
+    if abs(first) > 0.01:
+        parameter.copy_(first * (1 + 0.2 * noise))
+    else:
+        parameter.copy_(0.2 * noise if first == 0 else 0.5 + 0.2 * noise)
+
+
+def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Tensors among the outputs, in order; caches and other objects are left out."""
+    torch.manual_seed(0)
+    out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def flops(model: nn.Module, inputs: Inputs) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(model, inputs)
+    return counter.get_total_flops()
+
+
+def error(masked: Sequence[Tensor], shrunk: Sequence[Tensor]) -> float:
+    """Largest relative difference over the outputs; infinite where shapes or finiteness differ."""
+    worst = 0.0 if len(masked) == len(shrunk) else float("inf")
+    for a, b in zip(masked, shrunk, strict=False):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if a.is_floating_point() and a.numel():
+            gap = (a - b).abs().max() / a.abs().max().clamp_min(1e-12)
+            worst = max(worst, float("inf") if not torch.isfinite(gap) else float(gap))
+        elif not torch.equal(a, b):
+            return float("inf")
+    return worst
+
+
+def halves(structure: Structure, seed: int) -> list[Tensor]:
+    """Per group, a random half of the units (rounded up) on."""
+    random = torch.Generator().manual_seed(seed)
+    masks = []
+    for n in structure.sizes:
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[torch.randperm(n, generator=random)[: n - n // 2]] = True
+        masks.append(mask)
+    return masks
+
+
+def others(inputs: Inputs, seed: int) -> Inputs:
+    """Inputs of the same shapes: other noise; integers (token ids, edges) as they are."""
+    random = torch.Generator().manual_seed(seed + 1)
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return torch.randn(leaf.shape, generator=random).to(leaf.dtype)
+        return leaf
+
+    return tree_map(other, inputs)
+
+
+def _disagreement(plant: Plant, masks: list[Tensor], inputs: Sequence[Inputs]) -> float:
+    outputs = []
+    for compact in (False, True):
+        plant.apply(masks, compact=compact)
+        with torch.no_grad():
+            outputs.append([call(plant.model, example) for example in inputs])
+    return max(error(masked, shrunk) for masked, shrunk in zip(*outputs, strict=True))
+
+
+def _trains(model: nn.Module, inputs: Inputs) -> bool:
+    """One forward and backward in training mode of a copy of the shrunk model."""
+    model = copy.deepcopy(model).train()
+    loss = sum(leaf.square().mean() for leaf in call(model, inputs) if leaf.requires_grad)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    return all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+
+
+def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
+    """Analyse, verify, switch a random half of every group off, compare masked, shrunk and expanded."""
+    began = time.process_time()
+    model = scatter(model.eval(), seed)
+    structure = verify(model, inputs, analyse(model, inputs))
+    if not structure.groups:
+        return Result(0, structure.refused, seconds=time.process_time() - began)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense = flops(model, inputs)
+    masks, examples = halves(structure, seed), (inputs, others(inputs, seed))
+    plant = Plant(model, None, structure)
+    gap = _disagreement(plant, masks, examples)
+    ratio = flops(model, inputs) / dense if dense else 1.0
+    trains = _trains(model, inputs)
+    plant.release()
+    after = model.state_dict()
+    restored = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    precise = None
+    if gap > TOLERANCE:
+        model.double()
+        doubled = [tree_map(_double, example) for example in examples]
+        precise = _disagreement(Plant(model, None, structure), masks, doubled)
+    seconds = time.process_time() - began
+    return Result(
+        *(len(structure.groups), structure.refused, ratio, gap, precise, restored, trains, seconds),
+    )
+
+
+def _double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+@contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after so many seconds of wall clock."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"longer than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(factory: Factory, seed: int = 0, seconds: int = 120) -> Result:
+    """`check` on a fresh model; what is raised is part of the result."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with _limit(seconds):
+            torch.manual_seed(seed)
+            return check(*factory(), seed=seed)
+    except Exception as raised:
+        place = traceback.extract_tb(raised.__traceback__)[-1]
+        where = f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno}"
+        return Result(failure=f"{type(raised).__name__} at {where}: {str(raised).splitlines()[:1]}")
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
