@@ -1,0 +1,468 @@
+"""The controller: composes the loop around a user's model and optimizer. The one wiring point.
+
+    optimizer.step()   -> step hook: gate gradients are read before the optimizer runs
+    controller.step(L) -> observer, gate controller, planner, solver, regulator -> masks -> plant
+
+Every block lives in its own file; here they only meet. A step that the optimizer skipped (AMP), or whose
+loss or gradients are not finite, is not observed, and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .ablate import switched
+from .budget import Budget, Price
+from .checkpoint import Checkpoints
+from .gates import Experiment
+from .history import History, Record
+from .masking import Plant
+from .policies.base import Decision, Policy, Setting
+from .policies.control import Control
+from .probe import probe
+from .replay import Batch, Recorder, identify, paired_difference
+from .setting import make_setting
+from .structure import analyse
+from .structure.groups import Group, Structure
+
+__all__ = ["Controller", "Cost", "attach"]
+
+log = logging.getLogger("controlprune")
+FORMAT = 1  # of Controller.state_dict
+REPEATED = 10  # skipped steps in a row before the user is told
+UNITS = {"flops": "FLOP", "params": "parameters"}
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A resource: its use now and by the dense model, in `unit` (flops: per forward on the example inputs)."""
+
+    value: float
+    dense: float
+    unit: str
+    per_example: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        return self.value / self.dense
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    budget: Budget | Price,
+    example_inputs: Any,
+    total_steps: int,
+    policy: Policy | None = None,
+    ignored_layers: Sequence[nn.Module | str] = (),
+    round_to: int | None = None,
+    seed: int = 0,
+) -> Controller:
+    """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
+
+    `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs are counted on
+    it. Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
+    ValueError name the argument; InfeasibleBudget carries the range that can be reached.
+    """
+    _check_arguments(model, optimizer, budget, total_steps)
+    structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
+    if not structure.groups:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in structure.refused[:5]) or "no layer feeds another"
+        raise ValueError(f"model: nothing in {type(model).__name__} can be pruned ({reasons})")
+    _check_optimizer_covers(model, optimizer, structure)
+    setting = make_setting(
+        structure,
+        budget,
+        total_steps=total_steps,
+        round_to=round_to,
+        batch=_batch_size(example_inputs),
+        seed=seed,
+    )
+    return Controller(model, optimizer, setting, policy if policy is not None else Control())
+
+
+def _check_arguments(model: object, optimizer: object, budget: object, total_steps: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
+    if not isinstance(budget, (Budget, Price)):
+        raise TypeError(f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)")
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1")
+    reference = _attached.get(model)
+    if reference is not None and reference() is not None:
+        raise RuntimeError(
+            "model: a controller is already attached to it; call its finalize() or detach() before attaching again"
+        )
+
+
+def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    touched = {part.tensor for group in structure.groups for part in group.slices}
+    missing = [
+        name for name, p in model.named_parameters() if name in touched and p.requires_grad and id(p) not in held
+    ]
+    if missing:
+        raise ValueError(
+            f"optimizer: it does not hold {len(missing)} trainable parameters of prunable layers "
+            f"({', '.join(missing[:5])}); add them to it, freeze them, or name their layers in ignored_layers"
+        )
+
+
+def _batch_size(example_inputs: Any) -> int:
+    leaves = torch.utils._pytree.tree_leaves(example_inputs)
+    return next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
+
+
+class Controller:
+    """A running loop. `step(loss)` after `optimizer.step()`; `finalize()` at the end."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, setting: Setting, policy: Policy) -> None:
+        self._setting = setting
+        self._plant = Plant(model, optimizer, setting.structure)
+        self._loop = policy.begin(setting)
+        self._recorder = Recorder(model)
+        self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
+        self._hook = optimizer.register_step_pre_hook(_step_hook(weakref.ref(self)))
+        structure = setting.structure
+        self.history = History(structure.names, structure.sizes, setting.budget, setting.total_steps)
+        self.steps = 0
+        self.skipped = 0  # losses or gradients that were not finite, and steps the optimizer skipped
+        self._bad_in_a_row = 0
+        self._seen: str = ""  # what the optimizer's hook saw since the last step(): "", "good", "bad", "none"
+        self._losses: list[Tensor] = []
+        self._loss = math.nan
+        self._overhead = 0.0
+        self._began = time.process_time()
+        self._event = ""
+        self._live = True
+        _attached[model] = weakref.ref(self)
+        if structure.refused:
+            log.info("%d index spaces are left alone; see controller.report()", len(structure.refused))
+        if self._loop.wants_batch(1):
+            self._recorder.arm()
+
+    # --- what the user reads --------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        return self._plant.model
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self._setting.structure.groups
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Copies: changing one changes nothing; use `set_masks`."""
+        return {g.name: m.clone() for g, m in zip(self.groups, self._plant.masks, strict=True)}
+
+    def cost(self) -> dict[str, Cost]:
+        """Realised use of the budgeted resources, counted on the active units."""
+        widths = [int(m.sum()) for m in self._plant.masks]
+        return {
+            name: Cost(
+                polynomial.value(widths),
+                self._setting.dense[name],
+                UNITS[name],
+                polynomial.value(widths) / self._setting.batch if name == "flops" else None,
+            )
+            for name, polynomial in self._setting.costs.items()
+        }
+
+    def report(self) -> str:
+        """Groups, what is refused and why, and how well the gate controller predicts."""
+        lines = [f"{len(self.groups)} groups, {len(self._setting.structure.refused)} refused"]
+        for group, mask in zip(self.groups, self._plant.masks, strict=True):
+            lines.append(f"  {group.name}: {int(mask.sum())} of {group.size} {group.kind} units active")
+        lines += [f"  refused {r.name} ({r.size}): {r.reason}" for r in self._setting.structure.refused]
+        scores = self.gate_scores()
+        if scores:
+            ranked = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+            lines.append(f"  rank correlation with measured ablations: {ranked}")
+        lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {self._overhead:.2f} s CPU")
+        return "\n".join(lines)
+
+    def gate_scores(self) -> dict[str, float]:
+        """Rank correlation of each value predictor with the measured ablations of this run."""
+        gates = getattr(self._loop, "gates", None)
+        return gates.scores() if gates is not None else {}
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def _observe(self) -> None:
+        """Before the optimizer runs: are there gradients, are they finite, what do the gates see?"""
+        started = time.process_time()
+        self._checkpoints.require_admitted()
+        self._seen = "good"
+        if self._loop.wants_gradients(self.steps + 1):
+            if not any(self._plant.tensor(n).grad is not None for n in self._plant.structure.parameters):
+                self._seen = "none"
+                return
+            gradients = torch.cat([g.cpu() for g in self._plant.gate_gradients()])
+            on = torch.cat(self._plant.masks)
+            if not torch.isfinite(gradients[on]).all():
+                self._seen = "bad"
+            else:
+                weights = torch.cat([w.cpu() for w in self._plant.weight_norms()])
+                self._loop.observe(gradients, weights)
+        self._overhead += time.process_time() - started
+
+    def step(self, loss: Tensor | float) -> None:
+        """Tell the controller that a training step with this loss is done. Call it after `optimizer.step()`."""
+        if not self._live:
+            raise RuntimeError("step: this controller was finalized or detached; attach a new one")
+        started = time.process_time()
+        seen, self._seen = self._seen, ""
+        if seen == "none":
+            raise RuntimeError(
+                "step: no parameter of the prunable layers had a gradient when optimizer.step() ran; call "
+                "loss.backward() before it, and attach to the model that is trained"
+            )
+        self._take_loss(loss)
+        self.steps += 1
+        if self.steps == self._setting.total_steps + 1:
+            warnings.warn(
+                f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the masks "
+                "hold from here on",
+                stacklevel=2,
+            )
+        due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
+        if due or self._plant.device.type == "cpu":
+            self._flush_losses()
+        self._count(seen)
+        if due:
+            self._update()
+        if self.steps < self._setting.total_steps and self._loop.wants_batch(self.steps + 1):
+            self._recorder.arm()
+        self._overhead += time.process_time() - started
+
+    def _take_loss(self, loss: Tensor | float) -> None:
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
+            self._losses.append(loss.detach().reshape(()))
+        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            self._losses.append(torch.tensor(float(loss)))
+        else:
+            raise TypeError(f"loss={type(loss).__name__}: give the scalar loss tensor of this step")
+
+    def _flush_losses(self) -> None:
+        """Read the losses since the last flush: one synchronisation on a GPU, not one per step."""
+        values = torch.stack([x.float() for x in self._losses]).tolist() if self._losses else []
+        self._losses.clear()
+        for value in values:
+            if math.isfinite(value):
+                self._loss = value
+                self._loop.watch(self.steps, value)
+            else:
+                self._bad_loss = True
+                self._count("bad")
+
+    def _count(self, seen: str) -> None:
+        if seen == "good":
+            self._bad_in_a_row = 0
+            return
+        self.skipped += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row == REPEATED:
+            warnings.warn(
+                f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, or the "
+                "optimizer skipped them); the masks hold until one is good",
+                stacklevel=3,
+            )
+
+    def _update(self) -> None:
+        batch = self._recorder.take()
+        if self._bad_in_a_row:
+            return
+        self._event = ""
+        if batch is not None:
+            self._calibrate(batch)
+        plant = self._plant
+        before, was_compact = plant.masks, plant.compact
+        decision = self._loop.decide(self.steps, plant.masks, plant.compact)
+        self._apply(decision)
+        self._write(decision, before, was_compact)
+
+    def _calibrate(self, batch: Batch) -> None:
+        """Paired ablations and probes on the recorded batch, as far as the loop asks for them."""
+        plant = self._plant
+        if not any(g is not None for g in batch.gradients):
+            return
+        trials = self._loop.trials(self.steps, plant.masks, plant.compact)
+        if trials:
+            _, rows = identify(batch, self._loss)
+            changes = [switched(plant, t.group, t.units, off=t.off) for t in trials]
+            found = paired_difference(plant.model, batch, rows, changes)
+            offsets = [sum(plant.structure.sizes[:g]) for g in range(len(plant.masks))]
+            outcomes = [
+                Experiment(t.units + offsets[t.group], t.off, change, error)
+                for t, (change, error) in zip(trials, found, strict=True)
+                if math.isfinite(change)
+            ]
+            self._loop.learn(self.steps, plant.masks, outcomes)
+        if self._loop.wants_probe(self.steps, plant.compact):
+            gradients = probe(plant, batch).cpu()
+            live = torch.cat(plant.masks)
+            self._loop.observe(gradients.masked_fill(live, math.nan), torch.full_like(gradients, math.nan))
+            self._event = "probe"
+
+    def _apply(self, decision: Decision) -> None:
+        self._relayout(decision.masks, decision.compact)
+
+    def _relayout(self, masks: tuple[Tensor, ...], compact: bool) -> None:
+        compact = compact and not all(bool(m.all()) for m in masks)
+        same = all(torch.equal(a, b) for a, b in zip(masks, self._plant.masks, strict=True))
+        if not same or compact != self._plant.compact:
+            self._checkpoints.set_aside()
+            self._plant.apply(masks, compact=compact)
+            self._checkpoints.admit()
+
+    def _write(self, decision: Decision, before: tuple[Tensor, ...], was_compact: bool) -> None:
+        plant = self._plant
+        active = tuple(int(m.sum()) for m in plant.masks)
+        held = active if plant.compact else plant.structure.sizes
+        previous = tuple(int(m.sum()) for m in before) if was_compact else plant.structure.sizes
+        narrower, wider = sum(held) < sum(previous), sum(held) > sum(previous)
+        kinds = [self._event, decision.event, "shrink" if narrower else "expand" if wider else ""]
+        names = tuple(self._setting.costs)
+        self.history.append(
+            Record(
+                step=self.steps,
+                loss=self._loss,
+                active=active,
+                widths=tuple(held),
+                price=dict(decision.price),
+                reference=dict(decision.reference),
+                realised={k: self._setting.fraction(k, active) for k in names},
+                off=tuple(int((a & ~b).sum()) for a, b in zip(before, plant.masks, strict=True)),
+                on=tuple(int((b & ~a).sum()) for a, b in zip(before, plant.masks, strict=True)),
+                event=",".join(k for k in kinds if k),
+                seconds=time.process_time() - self._began,
+                overhead_seconds=self._overhead,
+            )
+        )
+
+    # --- by hand --------------------------------------------------------------------------------
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Exactly these masks until the next update; groups that are not named keep theirs."""
+        self._require_live("set_masks")
+        names = self._setting.structure.names
+        unknown = sorted(set(masks) - set(names))
+        if unknown:
+            raise ValueError(f"masks: no group is called {unknown[0]!r}; the groups are {', '.join(names)}")
+        now = dict(zip(names, self._plant.masks, strict=True))
+        self._plant.apply([masks.get(name, now[name]) for name in names], compact=self._plant.compact)
+
+    def shrink(self) -> None:
+        """Take dormant units out of the tensors, now."""
+        self._require_live("shrink")
+        self._plant.apply(self._plant.masks, compact=True)
+
+    def expand(self) -> None:
+        """Put them back, exactly; they stay dormant."""
+        self._require_live("expand")
+        self._plant.apply(self._plant.masks, compact=False)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def finalize(self) -> nn.Module:
+        """The same model object, plain, dense and small, inside the budget; the optimizer stays valid."""
+        self._require_live("finalize")
+        before, was_compact = self._plant.masks, self._plant.compact
+        decision = self._loop.last(before)
+        if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
+            log.warning("finalize: the run ended above the budget; units were switched off to meet it")
+        self._plant.apply(decision.masks, compact=True)
+        self._event = "finalize"
+        self._write(decision, before, was_compact)
+        self._plant.harden()
+        self._close()
+        return self._plant.model
+
+    def detach(self) -> nn.Module:
+        """The model as it was found: dense, with all learned weights, no hooks."""
+        self._require_live("detach")
+        self._plant.release()
+        self._close()
+        return self._plant.model
+
+    def _close(self) -> None:
+        self._live = False
+        self._hook.remove()
+        self._recorder.disarm()
+        self._checkpoints.remove()
+        _attached.pop(self._plant.model, None)
+
+    def _require_live(self, what: str) -> None:
+        if not self._live:
+            raise RuntimeError(f"{what}: this controller was finalized or detached")
+
+    # --- saved and restored ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the loop needs to go on as if it had not stopped."""
+        structure = self._setting.structure
+        return {
+            "format": FORMAT,
+            "groups": dict(zip(structure.names, structure.sizes, strict=True)),
+            "plant": self._plant.state_dict(),
+            "loop": self._loop.state_dict(),
+            "history": self.history.state_dict(),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "loss": self._loss,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
+        self._require_live("load_state_dict")
+        structure = self._setting.structure
+        if not isinstance(state, Mapping) or "format" not in state or "groups" not in state:
+            raise ValueError("state_dict: this is not a controller's state_dict")
+        if state["format"] > FORMAT:
+            raise ValueError(
+                f"state_dict: written by a newer controlprune (format {state['format']}, this one reads {FORMAT})"
+            )
+        if dict(state["groups"]) != dict(zip(structure.names, structure.sizes, strict=True)):
+            raise ValueError("state_dict: its groups are not this model's; it belongs to another model")
+        missing = [k for k in ("plant", "loop", "history", "steps", "skipped", "loss") if k not in state]
+        if missing:
+            raise ValueError(f"state_dict: it is incomplete, {', '.join(missing)} missing")
+        self._checkpoints.set_aside()
+        self._plant.load_state_dict(state["plant"])
+        self._checkpoints.admit()
+        self._loop.load_state_dict(state["loop"])
+        self.history.load_state_dict(state["history"])
+        self.steps, self.skipped, self._loss = state["steps"], state["skipped"], state["loss"]
+        self._recorder.disarm()
+        if self._loop.wants_batch(self.steps + 1):
+            self._recorder.arm()
+
+
+def _step_hook(reference: weakref.ref[Controller]) -> Any:
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        controller = reference()
+        if controller is not None:
+            controller._observe()
+
+    return hook

@@ -1,0 +1,206 @@
+"""The gate controller: one small network, shared by all units, from statistics to values.
+
+For every unit i with features φ_i (below) and an analytic first guess b_i > 0,
+
+    v_i = b_i · exp(f_θ(φ_i)),        f_θ: R^F -> R, one hidden layer, f_θ = 0 at the start
+
+so an untrained controller is exactly the second-order score. The guess: for a unit that is on,
+b = ½H + [−mean]₊ (observe.py); for one that is off, the larger of what its own gradient promises,
+[−mean − ½H]₊, and `optimism` times the weakest quarter of its group's active units: a group that was
+cut deep must be able to ask for width back.
+
+θ is trained online with the model, on what can be observed:
+
+    calibration   paired ablations e: a set S_e of units switched on one batch changed the loss by D_e ± σ_e
+                  ℓ(z_e),  z_e = (±Σ_{i∈S_e} v_i − D_e) / √(σ_e² + (0.3·max(|D_e|, |Σv|))²),   ℓ = smooth L1
+    trade-off     the gradient of L + λC through relaxed gates z_i = sigmoid((v_i − λc_i)/τ):
+                  Σ_i (g_i + λ c_i) · z_i(θ), g_i = ∂L/∂g_i observed, τ = mean |λ c|
+
+The first pins the scale of v; the second only the sign of v − λc, and has a small weight.
+Predictions are scored before they are trained on (prequential), beside Taylor, Fisher, second order
+and magnitude: `scores()` is the rank correlation of each with the measured change of loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+__all__ = ["FEATURES", "Experiment", "GateController", "Statistics", "features", "first_guess"]
+
+FEATURES = (
+    "log curvature", "signed slope", "noise", "log weight norm", "log cost share", "age", "dormant",
+    "loss slope", "progress", "log group size",
+)  # fmt: skip
+MEMBERS = 16  # units of one ablation at most
+TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of every unit (vectors of length U) and of the run (floats)."""
+
+    mean: Tensor
+    curvature: Tensor
+    weight: Tensor  # squared norm of the columns that read the unit
+    cost: Tensor  # marginal cost of the unit, fraction of dense, summed over budgeted resources
+    age: Tensor  # steps since it was last switched, fraction of the horizon
+    on: Tensor  # bool
+    group: Tensor  # group number (int64)
+    loss_slope: float
+    progress: float
+
+
+def _by_group(x: Tensor, group: Tensor, on: Tensor) -> Tensor:
+    """Mean of x over the active units of each unit's group."""
+    groups = int(group.max()) + 1
+    weight = on.to(x.dtype)
+    total = torch.zeros(groups).index_add_(0, group, x * weight)
+    count = torch.zeros(groups).index_add_(0, group, weight).clamp_min(1.0)
+    return (total / count)[group]
+
+
+def features(s: Statistics) -> Tensor:
+    """φ, shape (U, F): dimensionless, of order one; amounts are relative to the unit's group."""
+    scale = _by_group(s.curvature.sqrt(), s.group, s.on).clamp_min(TINY)
+    sizes = torch.bincount(s.group)[s.group].float()
+    constant = torch.ones_like(s.mean)
+    columns = (
+        (s.curvature.clamp_min(TINY).log() - (scale * scale).log()).clamp(-5, 5),
+        torch.asinh(-s.mean / scale).clamp(-5, 5),
+        s.mean.abs() / (s.curvature.sqrt() + s.mean.abs() + TINY),
+        ((s.weight + TINY) / (_by_group(s.weight, s.group, s.on) + TINY)).log().clamp(-5, 5),
+        (s.cost + TINY).log().clamp(-15, 0) / 5.0,
+        s.age,
+        (~s.on).float(),
+        constant * max(-1.0, min(1.0, 5.0 * s.loss_slope)),
+        constant * s.progress,
+        sizes.log() / 5.0,
+    )
+    return torch.stack(columns, dim=1)
+
+
+def first_guess(s: Statistics, optimism: float) -> Tensor:
+    """b > 0, shape (U,), in units of the loss."""
+    active = 0.5 * s.curvature + (-s.mean).clamp_min(0.0)
+    promise = (-s.mean - 0.5 * s.curvature).clamp_min(0.0)
+    weakest = torch.zeros(int(s.group.max()) + 1)
+    for g in range(len(weakest)):
+        of_group = active[(s.group == g) & s.on]
+        weakest[g] = torch.quantile(of_group, 0.125) if len(of_group) else 0.0
+    dormant = torch.maximum(promise, optimism * weakest[s.group])
+    return torch.where(s.on, active, dormant).clamp_min(TINY)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Units `members` switched together; `off` says which way; the loss rose by `change` ± `error`."""
+
+    members: Tensor
+    off: bool
+    change: float
+    error: float
+
+
+class GateController:
+    """The network with its optimizer and its memory of experiments."""
+
+    def __init__(self, *, seed: int, memory: int = 256, rate: float = 0.01, optimism: float = 0.7) -> None:
+        self.optimism = optimism
+        self.memory = memory
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(len(FEATURES), 16), nn.Tanh(), nn.Linear(16, 1))
+        last = self.net[2]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=rate)
+        self.phi = torch.zeros(0, MEMBERS, len(FEATURES))
+        self.guess = torch.zeros(0, MEMBERS)  # signed: negative for units switched on
+        self.result = torch.zeros(0, 2)  # change, error
+        self.predictions = torch.zeros(0, 6)  # learned, second order, Fisher, Taylor, magnitude; measured
+
+    def values(self, s: Statistics) -> Tensor:
+        """v, shape (U,), float32, positive."""
+        with torch.no_grad():
+            return self._value(features(s), first_guess(s, self.optimism))
+
+    def _value(self, phi: Tensor, guess: Tensor) -> Tensor:
+        return guess * torch.exp(self.net(phi).squeeze(-1).clamp(-4.0, 4.0))
+
+    def record(self, s: Statistics, experiments: list[Experiment]) -> None:
+        """Score the predictions, then remember the experiments."""
+        phi, guess = features(s), first_guess(s, self.optimism)
+        value = self.values(s)
+        for e in experiments:
+            sign = 1.0 if e.off else -1.0
+            i = e.members[:MEMBERS]
+            rivals = (value, guess, 0.5 * s.curvature, s.mean.abs(), s.weight)
+            scored = [sign * r[i].sum().item() for r in rivals] + [e.change]
+            self.predictions = torch.cat([self.predictions, torch.tensor([scored])])[-self.memory :]
+            row = F.pad(phi[i], (0, 0, 0, MEMBERS - len(i)))
+            self.phi = torch.cat([self.phi, row[None]])[-self.memory :]
+            signed = F.pad(sign * guess[i], (0, MEMBERS - len(i)))
+            self.guess = torch.cat([self.guess, signed[None]])[-self.memory :]
+            outcome = torch.tensor([[e.change, e.error]])
+            self.result = torch.cat([self.result, outcome])[-self.memory :]
+
+    def learn(self, s: Statistics, price: float, *, rounds: int, relaxed_weight: float = 0.01) -> float:
+        """`rounds` gradient steps on both losses; returns the calibration loss before them."""
+        if not len(self.result):
+            return float("nan")
+        phi, guess = features(s), first_guess(s, self.optimism)
+        slope = s.mean + price * s.cost
+        width = (price * s.cost).abs().mean().clamp_min(TINY)
+        first = float("nan")
+        with torch.enable_grad():
+            for k in range(rounds):
+                calibration = self._calibration()
+                gate = torch.sigmoid(((self._value(phi, guess) - price * s.cost) / width).clamp(-20.0, 20.0))
+                relaxed = (slope / slope.abs().mean().clamp_min(TINY) * gate).mean()
+                self.optimizer.zero_grad()
+                (calibration + relaxed_weight * relaxed).backward()
+                self.optimizer.step()
+                first = calibration.item() if k == 0 else first
+        return first
+
+    def _calibration(self) -> Tensor:
+        predicted = self._value(self.phi, self.guess).sum(-1)
+        change, error = self.result.unbind(-1)
+        size = torch.maximum(change.abs(), predicted.detach().abs())
+        z = (predicted - change) / (error**2 + (0.3 * size) ** 2 + TINY**2).sqrt()
+        return F.smooth_l1_loss(z, torch.zeros_like(z))
+
+    def scores(self) -> dict[str, float]:
+        """Rank correlation with the measured changes of loss, each predictor before it saw them."""
+        names = ("learned", "second order", "fisher", "taylor", "magnitude")
+        table = self.predictions.numpy()
+        if len(table) < 8 or np.ptp(table[:, -1]) == 0:
+            return {}
+        return {
+            name: float(spearmanr(table[:, k], table[:, -1]).statistic) if np.ptp(table[:, k]) else 0.0
+            for k, name in enumerate(names)
+        }
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **{name: getattr(self, name).clone() for name in _MEMORY},
+        }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        self.net.load_state_dict(state["net"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        for name in _MEMORY:
+            setattr(self, name, state[name])
+
+
+_MEMORY = ("phi", "guess", "result", "predictions")

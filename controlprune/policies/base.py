@@ -1,0 +1,93 @@
+"""What every policy is given, and what it answers: the interface between plant and controller.
+
+A policy is a frozen settings object; `begin(setting)` gives the loop that runs with one model. The
+loop sees statistics and answers masks; it never touches the model, and what it needs of the next step
+(an observation, a recorded batch) it says beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..cost.polynomial import Polynomial
+from ..gates import Experiment
+from ..structure.groups import Structure
+
+__all__ = ["Decision", "Loop", "Policy", "Setting", "Trial"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One attached model, in numbers. Resources are fractions of dense unless said otherwise."""
+
+    structure: Structure
+    costs: Mapping[str, Polynomial]  # resource -> C_k(n), absolute
+    dense: Mapping[str, float]  # resource -> C_k(N)
+    budget: Mapping[str, float]  # resource -> target, fraction of dense; empty under a Price
+    prices: Mapping[str, float]  # resource -> given price, loss per dense use; empty under a Budget
+    steps: tuple[int, ...]  # width step per group
+    floors: tuple[int, ...]
+    total_steps: int
+    batch: int  # examples per mini-batch
+    flops: float  # of one dense forward pass on the example inputs
+    elements: int  # numbers in all readers: what one observation reads
+    seed: int
+
+    def fraction(self, resource: str, widths: tuple[int, ...]) -> float:
+        return self.costs[resource].value(np.asarray(widths)) / self.dense[resource]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A paired ablation to carry out: switch these units of one group, measure the loss."""
+
+    group: int
+    units: Tensor  # positions within the group
+    off: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the plant is to become: masks per group, physically shrunk or not."""
+
+    masks: tuple[Tensor, ...]
+    compact: bool
+    reference: Mapping[str, float]
+    price: Mapping[str, float]
+    event: str = ""
+    predicted: float = field(default=0.0)  # rise of the loss the solver expects of the switched units
+
+
+class Loop(Protocol):
+    """One run of a policy. All methods are called between optimizer steps."""
+
+    def wants_gradients(self, step: int) -> bool: ...
+
+    def wants_batch(self, step: int) -> bool: ...
+
+    def observe(self, gradients: Tensor, weights: Tensor) -> None: ...
+
+    def watch(self, step: int, loss: float) -> None: ...
+
+    def trials(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> list[Trial]: ...
+
+    def learn(self, step: int, masks: tuple[Tensor, ...], outcomes: list[Experiment]) -> None: ...
+
+    def wants_decision(self, step: int) -> bool: ...
+
+    def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision: ...
+
+    def last(self, masks: tuple[Tensor, ...]) -> Decision: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Policy(Protocol):
+    def begin(self, setting: Setting) -> Loop: ...

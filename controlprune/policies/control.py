@@ -1,0 +1,379 @@
+"""The controller: pruning as a feedback loop.
+
+At an update, in this order:
+
+    observer           moments of the gate gradients           -> mean, curvature H        (observe.py)
+    gate controller    statistics                              -> v_i, calibrated          (gates.py)
+    trust              agreement of two disjoint windows       -> ρ ∈ [0, trust]
+    planner            how far loss and values have settled    -> reference r(t)           (regulators/plan.py)
+    solver             max Σ ṽ_i − λ·C(n),  C_k(n) ≤ r_k(t)    -> masks, shadow price λ    (tradeoff.py)
+    regulator          y − r                                   -> price λ_k(t)             (regulators/pi.py)
+
+FLOPs and parameters are known exactly, so the solver inverts them exactly: the realised resource meets
+the reference by construction, and the price is the shadow price of the reference. The PI regulator
+tracks it (back-calculation: a bumpless start), and takes over where the price itself steers:
+`Control(invert=False)`, the masks then answer the price alone until the deadline.
+
+An early value is a noisy one. With `order` the ranking of the units inside a group, and ρ the trust,
+
+    ṽ_(j) = ρ v_(j) + (1 − ρ) s π_(j)
+
+where π is the prior whose best allocation is the uniform one (allocation.py) and s brings it to the
+scale of v at the margin: without trust the loop decides *which* units of a group, not how many.
+
+A cut is made in stages. After each, the units just switched off stay in the tensors for one update,
+masked, where they are observed for free and may come back; then, if no further unit was switched off,
+the net shrinks, provided the time saved over the steps that are left outweighs the copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..allocation import prior_values, uniform
+from ..gates import Experiment, GateController, Statistics
+from ..observe import LossTrend, Moments, fisher, observe, start_moments, track_loss
+from ..regulators.pi import PI, PIState
+from ..regulators.plan import Plan, PlanState
+from ..tradeoff import Problem, Solution, solve
+from .base import Decision, Setting, Trial
+
+__all__ = ["Control", "ControlLoop"]
+
+DECAY = 0.95  # of the moments, per observation
+COPY_BYTES_PER_SECOND = 2e9  # a cautious guess of what a shrink moves; decisions must not hang on a clock,
+FLOPS_PER_SECOND = 2e10  # or the same seed would not give the same run
+
+
+@dataclass(frozen=True)
+class Control:
+    """Settings of the feedback policy. Steps are optimizer steps; `None` lets the horizon decide."""
+
+    plan: Plan = field(default_factory=Plan)
+    regulator: PI = field(default_factory=PI)
+    invert: bool = True
+    learned: bool = True  # False: the second-order score without the gate network
+    trust: float = 0.5  # most weight that values get against the uniform allocation
+    stages: int = 6  # steps of the reference on its way down
+    update_every: int | None = None
+    observe_every: int | None = None
+    calibrate_every: int = 4  # updates between calibrations; 0: never
+    trials: int = 3  # paired ablations per calibration
+    probe_every: int = 8  # updates between probes of units that are physically absent; 0: never
+    dwell: int = 3  # updates that a switched unit keeps its state
+    hysteresis: float = 0.2  # by how much a newcomer must be worth more than a unit that is on
+    freeze: float = 0.75  # fraction of the horizon after which masks hold
+    shrink: bool = True  # False: masks only
+
+    def __post_init__(self) -> None:
+        for name in ("update_every", "observe_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: give a number of steps >= 1, or None")
+        for name in ("trust", "freeze"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number from 0 to 1")
+        for name in ("calibrate_every", "trials", "probe_every", "dwell"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a number >= 0")
+        if self.stages < 1:
+            raise ValueError(f"stages={self.stages!r}: give a number >= 1")
+
+    def begin(self, setting: Setting) -> ControlLoop:
+        return ControlLoop(self, setting)
+
+
+class ControlLoop:
+    """One run of `Control`: holds the states of its blocks and wires them, in the order above."""
+
+    def __init__(self, control: Control, setting: Setting) -> None:
+        self.control, self.setting = control, setting
+        sizes = setting.structure.sizes
+        units = sum(sizes)
+        self.group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        self.update_every = control.update_every or min(200, max(1, setting.total_steps // 150))
+        self.observe_every = control.observe_every or _spacing(setting)
+        self.moments = start_moments(units)
+        self.window = torch.zeros(2, units)  # Σ g² of the running and of the last window
+        self.weights = torch.ones(units)
+        self.switched = torch.full((units,), -(10**9))  # step of the last change
+        self.trend = LossTrend()
+        self.gates = GateController(seed=setting.seed)
+        self.plan: PlanState = control.plan.init()
+        self.prices: dict[str, PIState] = {k: control.regulator.init() for k in setting.costs}
+        self.random = torch.Generator().manual_seed(setting.seed)
+        self.level = 1.0  # position of the staged reference between dense (1) and budget (0)
+        self.updates = 0
+        self.settled = False  # nothing was switched off at the last update
+
+    # --- what the loop asks for -----------------------------------------------------------------
+
+    def wants_gradients(self, step: int) -> bool:
+        return step % self.observe_every == 0 and not self._frozen(step)
+
+    def wants_decision(self, step: int) -> bool:
+        return step % self.update_every == 0 or step == self._freeze_step
+
+    def wants_batch(self, step: int) -> bool:
+        """Is step's batch to be recorded, for a calibration or a probe?"""
+        return self.wants_decision(step) and not self._frozen(step) and (self._calibrates() or self._probes())
+
+    def _calibrates(self) -> bool:
+        every = self.control.calibrate_every
+        return self.control.learned and every > 0 and (self.updates + 1) % every == 0
+
+    def _probes(self) -> bool:
+        every = self.control.probe_every
+        return every > 0 and (self.updates + 1) % every == 0
+
+    def wants_probe(self, step: int, compact: bool) -> bool:
+        return compact and self._probes() and not self._frozen(step)
+
+    @property
+    def _freeze_step(self) -> int:
+        return int(self.control.freeze * self.setting.total_steps)
+
+    def _frozen(self, step: int) -> bool:
+        return step > self._freeze_step
+
+    # --- observer -------------------------------------------------------------------------------
+
+    def observe(self, gradients: Tensor, weights: Tensor) -> None:
+        self.moments = observe(self.moments, gradients, DECAY)
+        self.window[0] += torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0) ** 2
+        self.weights = torch.where(torch.isfinite(weights), weights, self.weights)
+
+    def watch(self, step: int, loss: float) -> None:
+        self.trend = track_loss(self.trend, loss, self.setting.total_steps)
+
+    def statistics(self, step: int, on: Tensor) -> Statistics:
+        mean, curvature = fisher(self.moments, DECAY, self.setting.batch)
+        horizon = max(1, self.setting.total_steps)
+        age = ((step - self.switched).float() / horizon).clamp(0.0, 1.0)
+        return Statistics(
+            mean, curvature, self.weights, self._marginal_costs(on), age, on, self.group,
+            self.trend.slope, min(1.0, step / horizon),
+        )  # fmt: skip
+
+    def _widths(self, masks: tuple[Tensor, ...]) -> np.ndarray:
+        return np.array([int(m.sum()) for m in masks])
+
+    def _marginal_costs(self, on: Tensor) -> Tensor:
+        """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
+        widths = self._widths(torch.split(on, list(self.setting.structure.sizes)))
+        one = np.ones(len(widths))
+        total = np.zeros(len(widths))
+        for name, cost in self.setting.costs.items():
+            total += cost.marginals(widths, one) / self.setting.dense[name]
+        return torch.from_numpy(total).float()[self.group]
+
+    # --- gate controller ------------------------------------------------------------------------
+
+    def trials(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> list[Trial]:
+        """Random small sets of live units of random groups; every third of dormant ones, where they are masked."""
+        if not self._calibrates() or self._frozen(step):
+            return []
+        found: list[Trial] = []
+        for k in range(self.control.trials):
+            g = int(torch.randint(len(masks), (1,), generator=self.random))
+            off = compact or k % 3 != 2 or bool(masks[g].all())
+            pool = torch.nonzero(masks[g] if off else ~masks[g]).flatten()
+            count = min(len(pool) - 1 if off else len(pool), max(1, len(masks[g]) // 16), 16)
+            if count > 0:
+                chosen = torch.randperm(len(pool), generator=self.random)[:count]
+                found.append(Trial(g, pool[chosen], off))
+        return found
+
+    def learn(self, step: int, masks: tuple[Tensor, ...], outcomes: list[Experiment]) -> None:
+        s = self.statistics(step, torch.cat(masks))
+        self.gates.record(s, outcomes)
+        price = sum(state.price for state in self.prices.values()) / max(1, len(self.prices))
+        self.gates.learn(s, price, rounds=8)
+
+    # --- the update -----------------------------------------------------------------------------
+
+    def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
+        self.updates += 1
+        on = torch.cat(masks)
+        stability = self._stability(on)
+        reference = self._reference(step, stability)
+        if self._frozen(step):
+            return self._hold(masks, reference)
+        values = self._trusted(step, masks, stability, reference)
+        solution = self._solve(step, values, masks, reference)
+        return self._answer(step, masks, compact, reference, solution)
+
+    def last(self, masks: tuple[Tensor, ...]) -> Decision:
+        """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
+        reference = dict(self.setting.budget)
+        widths = tuple(int(n) for n in self._widths(masks))
+        if all(self.setting.fraction(k, widths) <= r * (1 + 1e-9) for k, r in reference.items()):
+            return self._hold(masks, reference)
+        step = self.setting.total_steps
+        values = self._trusted(step, masks, self._stability(torch.cat(masks)), reference)
+        solution = self._solve(-(10**9), values, masks, reference)
+        return self._answer(step, masks, False, reference, solution)
+
+    def _hold(self, masks: tuple[Tensor, ...], reference: Mapping[str, float]) -> Decision:
+        self.settled = True
+        return Decision(masks, self.control.shrink, reference, self._price())
+
+    def _price(self) -> dict[str, float]:
+        return {k: s.price for k, s in self.prices.items()} | dict(self.setting.prices)
+
+    def _stability(self, on: Tensor) -> float:
+        """Mean rank correlation, inside groups, of Σ g² over two disjoint windows (active units)."""
+        now, before = self.window
+        found: list[float] = []
+        for g in range(len(self.setting.structure.sizes)):
+            i = (self.group == g) & on
+            if i.sum() > 3 and now[i].any() and before[i].any():
+                found.append(_spearman(now[i], before[i]))
+        self.window = torch.stack([torch.zeros_like(now), now])
+        return max(0.0, float(np.mean(found))) if found else 0.0
+
+    def _reference(self, step: int, stability: float) -> dict[str, float]:
+        """The plan's position between dense and budget, in stages, as a fraction per resource."""
+        self.plan = self.control.plan.update(
+            self.plan, step / self.setting.total_steps, self.trend, stability
+        )
+        stage = 1.0 / self.control.stages
+        position = np.ceil(self.plan.level / stage - 1e-9) * stage
+        self.level = min(self.level, float(position))
+        return {k: r + (1.0 - r) * self.level for k, r in self.setting.budget.items()}
+
+    def _trusted(
+        self, step: int, masks: tuple[Tensor, ...], stability: float, reference: Mapping[str, float]
+    ) -> tuple[np.ndarray, ...]:
+        """ṽ per group: values, with the uniform prior as far as they are not trusted."""
+        s = self.statistics(step, torch.cat(masks))
+        v = self.gates.values(s).double()
+        sizes = self.setting.structure.sizes
+        values = [x.numpy() for x in torch.split(v, list(sizes))]
+        if not reference:
+            return tuple(values)
+        trust = self.control.trust * stability
+        costs, limits = self._limits(reference)
+        widths = uniform(sizes, costs, limits, self.setting.floors, self.setting.steps)
+        prior = prior_values(widths, costs, sizes, 1.0 / np.array([self.setting.dense[k] for k in reference]))
+        ordered = [np.sort(x)[::-1] for x in values]
+        at = [n - 1 for n in widths]
+        scale = np.mean([x[i] for x, i in zip(ordered, at, strict=True)])
+        scale /= np.mean([p[i] for p, i in zip(prior, at, strict=True)])
+        mixed: list[np.ndarray] = []
+        for x, top, p in zip(values, ordered, prior, strict=True):
+            out = np.empty_like(x)
+            out[np.argsort(-x, kind="stable")] = trust * top + (1.0 - trust) * scale * p
+            mixed.append(out)
+        return tuple(mixed)
+
+    def _limits(self, reference: Mapping[str, float]) -> tuple[list[Any], np.ndarray]:
+        costs = [self.setting.costs[k] for k in reference]
+        return costs, np.array([r * self.setting.dense[k] for k, r in reference.items()])
+
+    def _solve(
+        self, step: int, values: tuple[np.ndarray, ...], masks: tuple[Tensor, ...], reference: Mapping[str, float]
+    ) -> Solution:
+        setting, control = self.setting, self.control
+        names = tuple(setting.costs)
+        dense = np.array([setting.dense[k] for k in names])
+        steering = control.invert and not setting.prices
+        price = np.array([0.0 if steering else self._price()[k] for k in names]) / dense
+        limits = np.array([reference.get(k, np.inf) if steering else np.inf for k in names]) * dense
+        young = (step - self.switched) < control.dwell * self.update_every
+        return solve(
+            Problem(
+                values=values,
+                costs=tuple(setting.costs.values()),
+                limits=limits,
+                prices=price,
+                floors=setting.floors,
+                steps=setting.steps,
+                masks=tuple(m.numpy() for m in masks),
+                held=tuple(h.numpy() for h in torch.split(young, list(setting.structure.sizes))),
+                hysteresis=control.hysteresis,
+                resources=names,
+            )
+        )
+
+    def _answer(
+        self,
+        step: int,
+        before: tuple[Tensor, ...],
+        compact: bool,
+        reference: Mapping[str, float],
+        solution: Solution,
+    ) -> Decision:
+        masks = tuple(torch.from_numpy(np.array(m)) for m in solution.masks)
+        was, now = torch.cat(before), torch.cat(masks)
+        self.switched = torch.where(was != now, step, self.switched)
+        self.settled = not bool((was & ~now).any())
+        self._regulate(reference, solution)
+        shrinks = self.control.shrink and self.settled and (compact or self._pays(step, solution.widths))
+        return Decision(masks, shrinks, reference, self._price())
+
+    def _regulate(self, reference: Mapping[str, float], solution: Solution) -> None:
+        for k, (name, cost) in enumerate(self.setting.costs.items()):
+            dense = self.setting.dense[name]
+            if name in reference:
+                realised = float(solution.costs[k]) / dense
+                tracked = float(solution.prices[k]) * dense if self.control.invert else None
+                self.prices[name] = self.control.regulator.update(
+                    self.prices[name], realised - reference[name], tracked
+                )
+
+    def _pays(self, step: int, widths: tuple[int, ...]) -> bool:
+        """Time saved over the remaining steps against the copying of one shrink, both from counts."""
+        setting = self.setting
+        name = next(iter(setting.costs))
+        saved = 1.0 - setting.fraction(name, widths)
+        forward = setting.flops / FLOPS_PER_SECOND
+        elements = sum(cost.value(np.array(setting.structure.sizes)) for k, cost in setting.costs.items() if k == "params")
+        copying = 4 * 3 * 4 * (elements or setting.elements) / COPY_BYTES_PER_SECOND + 1e-3
+        return saved * 3 * forward * (setting.total_steps - step) > copying
+
+    # --- saved and restored ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "moments": self.moments,
+            "window": self.window.clone(),
+            "weights": self.weights.clone(),
+            "switched": self.switched.clone(),
+            "trend": self.trend,
+            "gates": self.gates.state_dict(),
+            "plan": self.plan,
+            "prices": dict(self.prices),
+            "random": self.random.get_state(),
+            "level": self.level,
+            "updates": self.updates,
+            "settled": self.settled,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("moments", "window", "weights", "switched", "trend", "plan", "level", "updates", "settled"):
+            setattr(self, name, state[name])
+        self.prices = dict(state["prices"])
+        self.gates.load_state_dict(state["gates"])
+        self.random.set_state(state["random"])
+
+
+def _spacing(setting: Setting) -> int:
+    """Observe as often as costs at most 1 % of a training step (≈ 3 forward passes), by counts.
+
+    One observation reads weights and gradients of all readers once: about 16 FLOPs' time per element.
+    """
+    step = 3.0 * setting.flops
+    share = 16.0 * setting.elements / max(step, 1.0)
+    return int(min(50, max(1, setting.total_steps // 3000, np.ceil(share / 0.01))))
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([x.argsort().argsort().float() for x in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
