@@ -1,7 +1,8 @@
-"""torchvision and timm models as they are, at 64–96 pixels with ten classes, where both can be imported.
+"""torchvision and timm models as they are, at 64–128 pixels with ten classes, where both can be imported.
 
 torchvision's wheel carries CUDA operators; on a CPU build of torch its import needs two of their schemas
-to exist (no kernel: nothing here calls them). Without torchvision and timm the tables are empty.
+to exist (no kernel: nothing here calls them), and transformers imports torchvision where it finds it.
+Without torchvision and timm the tables are empty.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ HERE = all(importlib.util.find_spec(name) is not None for name in ("torchvision"
 _operators = torch.library.Library("torchvision", "FRAGMENT")  # kept alive: schemas go with their library
 
 
-def _importable() -> None:
+def importable() -> None:
     """Define `torchvision::nms` and `qnms` where the compiled extension does not load."""
     try:
         import torchvision  # noqa: F401
@@ -29,7 +30,6 @@ def _importable() -> None:
 
 def _torchvision(name: str, size: int = 64, **settings: Any) -> Factory:
     def build() -> tuple[nn.Module, Any]:
-        _importable()
         import torchvision
 
         return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **settings), image(size)
@@ -39,7 +39,6 @@ def _torchvision(name: str, size: int = 64, **settings: Any) -> Factory:
 
 def _timm(name: str, size: int = 64, **settings: Any) -> Factory:
     def build() -> tuple[nn.Module, Any]:
-        _importable()
         import timm
 
         return timm.create_model(name, pretrained=False, num_classes=CLASSES, **settings), image(size)
@@ -100,5 +99,7 @@ TIMM: dict[str, Factory] = {f"timm_{name}": _timm(name) for name in FREE}
 TIMM |= {f"timm_{name}": _timm(name, img_size=64) for name in SIZED}
 TIMM |= {f"timm_{name}": _timm(name, 128) for name in ("inception_v4", "inception_resnet_v2")}
 
-if not HERE:
+if HERE:
+    importable()
+else:
     TORCHVISION, TIMM = {}, {}
