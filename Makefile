@@ -1,0 +1,19 @@
+# One command per task; each expects the development environment: pip install -c constraints.txt -e ".[dev]"
+.PHONY: check test slow demo ci
+
+check:  ## what a commit must pass
+	ruff check .
+	ruff format --check .
+	pyright
+
+test:  ## the default tests
+	pytest
+
+slow:  ## the long ones too
+	pytest -m ""
+
+demo:
+	controlprune demo
+
+ci:  ## the README's test command in a fresh environment
+	.ci/run

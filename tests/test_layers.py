@@ -1,0 +1,89 @@
+"""Dependencies go one way: no import cycles, and each outside world is met in one place only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import controlprune
+
+ROOT = Path(controlprune.__file__).parent
+FACES = {"cli", "demo", "tasks", "compare", "plots", "report"}  # what people see; the loop never needs them
+
+
+def module_name(path: Path) -> str:
+    """Dotted, below the package; the package itself is ""."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def imports(name: str, everywhere: bool) -> Iterator[str]:
+    """Absolute dotted names that a module imports: at its top, or anywhere in it."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    package = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            here = ["controlprune", *package.split(".")] if package else ["controlprune"]
+            base = here[: len(here) - node.level + 1] if node.level else []
+            parent = ".".join([*base, *([node.module] if node.module else [])])
+            yield parent
+            yield from (f"{parent}.{alias.name}" for alias in node.names)
+
+
+def inside(name: str, everywhere: bool = False) -> set[str]:
+    """Modules of this package that a module imports; `from .package import name` counts as the package."""
+    found = {
+        i.removeprefix("controlprune").lstrip(".")
+        for i in imports(name, everywhere)
+        if i.startswith("controlprune")
+    }
+    return (found & FILES.keys()) - {name, ""}
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = {name: inside(name) for name in FILES if name}
+    graph = {
+        name: {other for other in deps if not name.startswith(f"{other}.")} for name, deps in graph.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the cycle
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - FACES - {""}))
+def test_the_loop_does_not_know_what_people_see(name: str) -> None:
+    assert not inside(name) & FACES
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("torch.distributed", {"distributed"}),
+        ("matplotlib", {"plots"}),
+        ("sklearn", {"tasks"}),
+        ("datasets", {"tasks"}),
+        ("safetensors", {"export", "demo"}),
+    ],
+)
+def test_each_outside_world_is_met_in_one_place(package: str, allowed: set[str]) -> None:
+    users = {
+        name
+        for name in FILES
+        for used in imports(name, everywhere=True)
+        if f"{used}.".startswith(f"{package}.")
+    }
+    assert users <= allowed
+
+
+@pytest.mark.parametrize("package", ["sklearn", "datasets", "PIL", "transformers", "torch_geometric"])
+def test_optional_packages_are_imported_only_where_used(package: str) -> None:
+    assert not [
+        n for n in FILES for used in imports(n, everywhere=False) if f"{used}.".startswith(f"{package}.")
+    ]
