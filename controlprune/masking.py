@@ -1,0 +1,289 @@
+"""The masking layer: any set of units off or on, in one of two layouts, exactly.
+
+Switching off unit `i` of a group means that nothing reads it: the columns `w` that are contracted with
+its output are zero. Two layouts of the user's tensors give the same outputs and the same training steps:
+
+    masked   dense shapes; reader columns of dormant units are 0, the unit's own rows keep computing
+    compact  only the live entries exist: contiguous tensors, sizes in the modules updated, no hooks
+
+and a tensor in which nothing is dormant is as its user made it. What is dormant is parked (see
+`shrink.py`). Between steps in the masked layout it stays at rest: gradients of dormant columns are read
+and cleared as they arrive (before the user's clipping sees them), and after `optimizer.step()` rows that
+weight decay moved are restored and their state is zeroed.
+
+Known limits: BatchNorm statistics of dormant channels keep moving in the masked layout (parked in the
+compact one). Optimizers that normalise by a whole tensor (Adafactor, LAMB) see dormant zeros while
+masked. A `copy.deepcopy` of the model has the live tensors and no hooks: a plain model in that layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .columns import PerPosition, Reading, Watch, inner, per_unit, readings, select_others
+from .optimizers import check_optimizer, travelling
+from .parking import check_packed, pack, unpack
+from .shrink import Spot, at, cuts_of, move, rest_
+from .structure.extents import groups_in
+from .structure.groups import Structure
+from .structure.sizes import set_sizes
+
+__all__ = ["Plant"]
+
+Masks = tuple[Tensor, ...]
+
+
+class Plant:
+    """The user's model and optimizer, with any of its units switched off, masked or compact.
+
+    `masks` holds one CPU bool tensor of N_g per group of `structure`, True = active. Every method
+    validates before it changes anything. `optimizer=None`: weights only.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> None:
+        self.model, self.optimizer, self.structure = model, optimizer, structure
+        self.masks: Masks = _all_on(structure)
+        self.compact = False
+        self._hardened = False
+        self._spots = _spots(structure)
+        self._watches: dict[str, Watch] = {}
+        self._handles: list[RemovableHandle] = []
+        self._readings: list[Reading] | None = None
+        self._check()
+
+    def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
+        """Switch to `masks` in the masked or the compact layout, exactly, from any other.
+
+        Gradients of units that leave are dropped; units that return have gradient zero.
+        """
+        if self._hardened:
+            raise RuntimeError(
+                "this model was made small for good (harden); attach it anew to prune it further"
+            )
+        masks = _checked(masks, self.structure)
+        tensors = _tensors(self.model)
+        states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
+        changed = {
+            g
+            for g, (old, new) in enumerate(zip(self.masks, masks, strict=True))
+            if not torch.equal(old, new) or (compact != self.compact and not new.all())
+        }
+        self._unhook()
+        known: dict = {}
+        with torch.no_grad():
+            for spot in (s for s in self._spots if s.groups & changed):
+                tensor = tensors[spot.name]
+                cuts = cuts_of(spot, masks, tensor.device, known)
+                move(spot, tensor, self.optimizer, states[spot.name], cuts, self.compact, compact)
+        if changed and (compact or self.compact):
+            widths = tuple(int(m.sum()) for m in masks) if compact else self.structure.sizes
+            set_sizes(self.model, self.structure, widths)
+        self.masks, self.compact = masks, compact
+        self._hook(tensors)
+
+    def release(self) -> None:
+        """Back to dense with all learned weights; no hook is left, nothing is parked."""
+        self.apply(_all_on(self.structure), compact=False)
+
+    def harden(self) -> None:
+        """Compact for good: what is parked is dropped, model and optimizer are plain small ones."""
+        self.apply(self.masks, compact=True)
+        self._hardened = True
+        self._spots, self._readings = (), []
+
+    def gate_gradients(self) -> list[Tensor]:
+        """∂L/∂g per group, float32 of N_g, for the gradients now in `p.grad`; NaN where a unit is absent."""
+        tensors = _tensors(self.model)
+
+        def live(spot: Spot, dim: int) -> Tensor | None:
+            tensor = tensors[spot.name]
+            return None if tensor.grad is None else inner(tensor, tensor.grad, dim)
+
+        def parked(spot: Spot, dim: int) -> Tensor | None:
+            watch = self._watches.get(spot.name)
+            return None if watch is None else watch.read(dim)
+
+        vectors = self._per_unit(live, parked)
+        if not self.compact:
+            return vectors
+        return [v.masked_fill(~m.to(v.device), math.nan) for v, m in zip(vectors, self.masks, strict=True)]
+
+    def weight_norms(self) -> list[Tensor]:
+        """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
+        tensors = _tensors(self.model)
+
+        def live(spot: Spot, dim: int) -> Tensor:
+            tensor = tensors[spot.name]
+            heard = tensor if self.compact else select_others(tensor, spot, dim)
+            return inner(heard, heard, dim)
+
+        def parked(spot: Spot, dim: int) -> Tensor:
+            assert spot.home is not None
+            columns = select_others(spot.home.index_select(dim, spot.cuts[dim].silent), spot, dim)
+            return inner(columns, columns, dim)
+
+        return self._per_unit(live, parked)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks, layout and what is parked, as plain tensors (for safetensors); not the live weights."""
+        found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
+        found["compact"] = torch.tensor(self.compact)
+        for spot in self._spots:
+            found |= {f"parked/{spot.name}/{key}": value for key, value in pack(spot).items()}
+        return found
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go to the saved masks and layout, and park what was parked then.
+
+        The live weights are the model's own: load its state dict afterwards (its shapes fit then), or
+        before if it was saved dense. The optimizer's may be loaded before or after.
+        """
+        masks, packed = self._parsed(saved)
+        compact = bool(saved["compact"])
+        with self._small_state_aside(masks):
+            self.apply(masks, compact=compact)
+        tensors = _tensors(self.model)
+        with torch.no_grad():
+            for spot in self._spots:
+                unpack(spot, packed[spot.name], tensors[spot.name].device)
+
+    def _parsed(self, saved: Mapping[str, Tensor]) -> tuple[Masks, dict[str, dict[str, Tensor]]]:
+        """The masks and, per tensor, what is parked; every error of a foreign `saved` is raised here."""
+        names = self.structure.names
+        missing = {"compact", *(f"mask/{name}" for name in names)} - saved.keys()
+        if missing:
+            raise ValueError(f"saved: no {sorted(missing)[0]!r}; it was saved from another model")
+        masks = _checked([saved[f"mask/{name}"] for name in names], self.structure)
+        packed: dict[str, dict[str, Tensor]] = {}
+        known: dict = {}
+        for spot in self._spots:
+            prefix = f"parked/{spot.name}/"
+            mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+            check_packed(spot, mine, cuts_of(spot, masks, torch.device("cpu"), known), bool(saved["compact"]))
+            packed[spot.name] = mine
+        extra = len(saved) - 1 - len(names) - sum(map(len, packed.values()))
+        if extra:
+            raise ValueError(f"saved: {extra} tensors belong to no group of this model; it is another's")
+        return masks, packed
+
+    @contextmanager
+    def _small_state_aside(self, masks: Masks) -> Iterator[None]:
+        """Optimizer state loaded in its compact shapes already is out of the way while tensors move."""
+        aside: list[tuple[dict[str, object], str, object]] = []
+        tensors = _tensors(self.model)
+        known: dict = {}
+        for spot in self._spots:
+            tensor = tensors[spot.name]
+            if self.optimizer is None or tensor not in self.optimizer.state:
+                continue
+            cuts = cuts_of(spot, masks, torch.device("cpu"), known)
+            small = tuple(len(cuts[d].live) if d in cuts else n for d, n in enumerate(spot.shape))
+            entries = self.optimizer.state[tensor]
+            for key, value in list(entries.items()):
+                if isinstance(value, Tensor) and value.shape == small and value.shape != tensor.shape:
+                    aside.append((entries, key, entries.pop(key)))
+        try:
+            yield
+        finally:
+            for entries, key, value in aside:
+                entries[key] = value
+
+    def _per_unit(self, live: PerPosition, parked: PerPosition) -> list[Tensor]:
+        if self._readings is None:
+            self._readings = readings(self._spots, self.masks, self.compact)
+        with torch.no_grad():
+            return per_unit(self._readings, self.structure.sizes, live, parked)
+
+    def _state(self, spot: Spot, tensor: Tensor) -> dict[str, Tensor]:
+        return travelling(self.optimizer, tensor, spot.name) if spot.is_parameter else {}
+
+    def _check(self) -> None:
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer)
+        tensors = _tensors(self.model)
+        for spot in self._spots:
+            if spot.name not in tensors:
+                raise ValueError(f"structure: the model has no tensor {spot.name!r}; analyse this very model")
+            if tensors[spot.name].shape != spot.shape:
+                raise ValueError(
+                    f"structure: {spot.name!r} has shape {tuple(tensors[spot.name].shape)}, the analysis "
+                    f"says {tuple(spot.shape)}; analyse the model as it is now"
+                )
+            self._state(spot, tensors[spot.name])
+        for g, group in enumerate(self.structure.groups):
+            if not any(g in reads for spot in self._spots for reads in spot.reads.values()):
+                raise ValueError(f"structure: nothing reads group {group.name!r}, so it cannot be masked")
+
+    def _hook(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what is dormant at rest from here on (masked layout only)."""
+        resting = [] if self.compact else [s for s in self._spots if s.is_parameter and s.cuts]
+        if not resting:
+            return
+        for spot in resting:
+            parameter = tensors[spot.name]
+            if parameter.requires_grad and at(spot.cuts, "silent"):
+                self._watches[spot.name] = Watch(spot, parameter)
+        if self.optimizer is not None:
+            pairs = [(spot, tensors[spot.name]) for spot in resting]
+
+            def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
+                with torch.no_grad():
+                    for spot, parameter in pairs:
+                        rest_(spot, parameter, self._state(spot, parameter).values())
+
+            self._handles.append(self.optimizer.register_step_post_hook(rest))
+
+    def _unhook(self) -> None:
+        for handle in (*self._handles, *(h for watch in self._watches.values() for h in watch.handles)):
+            handle.remove()
+        self._handles.clear()
+        self._watches.clear()
+        self._readings = None
+
+
+def _spots(structure: Structure) -> tuple[Spot, ...]:
+    reads: dict[str, dict[int, set[int]]] = {}
+    for g, group in enumerate(structure.groups):
+        for s in group.readers:
+            reads.setdefault(s.tensor, {}).setdefault(s.dim, set()).add(g)
+    found = []
+    for name, extents in structure.tensors.items():
+        groups = frozenset().union(*(groups_in(extent) for extent in extents))
+        if groups:
+            read = {dim: frozenset(which) for dim, which in reads.get(name, {}).items()}
+            found.append(Spot(name, extents, name in structure.parameters, read, groups))
+    return tuple(found)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under all its names, as they are now."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _all_on(structure: Structure) -> Masks:
+    return tuple(torch.ones(group.size, dtype=torch.bool) for group in structure.groups)
+
+
+def _checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
+    """Own CPU copies of `masks`, or an error that names the group."""
+    if len(masks) != len(structure.groups):
+        raise ValueError(f"masks: got {len(masks)} for {len(structure.groups)} groups; give one for each")
+    for mask, group in zip(masks, structure.groups, strict=True):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masks: {group.name!r} is {kind}; give a torch.bool tensor, True = active")
+        if mask.shape != (group.size,):
+            raise ValueError(f"masks: {group.name!r} has shape {tuple(mask.shape)}, not ({group.size},)")
+        if not mask.any():
+            raise ValueError(f"masks: {group.name!r} has no active unit; leave at least one")
+    return tuple(mask.detach().to("cpu", copy=True) for mask in masks)

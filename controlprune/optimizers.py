@@ -1,0 +1,73 @@
+"""What of an optimizer's state travels with a parameter when units leave and return.
+
+An optimizer keeps tensors per parameter. With `P` the parameter's shape and `S` the state tensor's:
+
+    same number of dimensions, every S_d ∈ {P_d, 1}   -> travels along the dimensions where S_d = P_d
+                                                         (moments; Adafactor's factors too)
+    one element                                       -> left alone (step counts)
+    anything else                                     -> an error that names it: nobody knows its meaning
+
+So SGD, Adam(W), amsgrad, RMSprop, Adagrad, Adadelta, NAdam, RAdam, Rprop and any optimizer built like
+them are carried exactly. Adafactor's factors travel, but its row and column means run over dormant
+entries while masked (not while shrunk). LBFGS keeps flattened histories of all parameters: refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["check_optimizer", "travelling", "travelling_dims"]
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse what cannot be carried whatever its state holds."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "optimizer: LBFGS keeps flattened histories over all parameters, which cannot follow units that "
+            "leave and return; use a per-parameter optimizer such as SGD, Adam or AdamW"
+        )
+
+
+def travelling(optimizer: Optimizer | None, parameter: Tensor, name: str) -> dict[str, Tensor]:
+    """The state tensors of `parameter` that share a dimension with it (empty where it has no state)."""
+    if optimizer is None or parameter not in optimizer.state:
+        return {}
+    entries: Mapping[str, object] = optimizer.state[parameter]
+    tensors = {}
+    for key, value in entries.items():
+        where = f"optimizer: {type(optimizer).__name__} state {key!r} of parameter {name!r}"
+        if isinstance(value, Tensor):
+            if travelling_dims(value, parameter, where):
+                tensors[key] = value
+        elif isinstance(value, (list, tuple, dict)) and _holds_tensor(value):
+            raise ValueError(
+                f"{where} is a {type(value).__name__} of tensors; only plain tensors can be carried"
+            )
+    return tensors
+
+
+def travelling_dims(state: Tensor, parameter: Tensor, where: str) -> tuple[int, ...]:
+    """Dimensions along which `state` follows `parameter`; an error that begins with `where` if unclear."""
+    if state.ndim == parameter.ndim and all(
+        s in (p, 1) for s, p in zip(state.shape, parameter.shape, strict=True)
+    ):
+        return tuple(d for d in range(state.ndim) if state.shape[d] == parameter.shape[d])
+    if state.numel() == 1:
+        return ()
+    raise ValueError(
+        f"{where} has shape {tuple(state.shape)}, which does not follow the parameter's "
+        f"{tuple(parameter.shape)}; only state of the parameter's own shape (or 1 in some dimensions) "
+        "can be carried: use another optimizer"
+    )
+
+
+def _holds_tensor(value: list | tuple | dict) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return any(
+        isinstance(item, Tensor) or (isinstance(item, (list, tuple, dict)) and _holds_tensor(item))
+        for item in items
+    )

@@ -1,0 +1,283 @@
+"""The dumb oracle: deepcopy, index by hand, a fresh optimizer with hand-sliced state. And small nets to try.
+
+Nothing here shares code with `controlprune.masking` or `controlprune.shrink`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from controlprune.structure.extents import Concat, Fixed, Product, Units, keep, size
+from controlprune.structure.groups import Group, SizeAttribute, Slice, Structure, Work
+
+
+def cut(tensor: Tensor, extents: Sequence, masks: Sequence[Tensor]) -> Tensor:
+    """The live entries of a dense tensor."""
+    for dim, extent in enumerate(extents):
+        if tensor.shape[dim] == size(extent):  # factored state has length 1 where the parameter has more
+            tensor = tensor.index_select(dim, keep(extent, masks).nonzero().flatten())
+    return tensor.clone()
+
+
+def small_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -> nn.Module:
+    """A plain model that has only the live units of a dense one."""
+    small = copy.deepcopy(model)
+    widths = [int(m.sum()) for m in masks]
+    for name, extents in structure.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = small.get_submodule(owner)
+        old = getattr(module, leaf)
+        new = cut(old.detach(), extents, masks)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, leaf, new)
+    for item in structure.attributes:
+        assert item.index is None
+        setattr(small.get_submodule(item.module), item.attribute, size(item.extent, widths))
+    return small
+
+
+def small_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    small: nn.Module,
+    structure: Structure,
+    masks: Sequence[Tensor],
+) -> torch.optim.Optimizer:
+    """A fresh optimizer of the small model, with the dense one's settings and its state cut by hand."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    small_parameters = dict(small.named_parameters())
+    groups = [
+        {**group, "params": [small_parameters[names[id(p)]] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    fresh = type(optimizer)(groups)
+    for parameter, entries in optimizer.state.items():
+        name = names[id(parameter)]
+        fresh.state[small_parameters[name]] = {
+            key: cut(value, structure.tensors[name], masks)
+            if isinstance(value, Tensor) and value.ndim == parameter.ndim and value.ndim > 0
+            else copy.deepcopy(value)
+            for key, value in entries.items()
+        }
+    return fresh
+
+
+class Mlp(nn.Module):
+    """5 → 7 → 6 → 3, with a LayerNorm-free softplus (does not keep zero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 7)
+        self.second = nn.Linear(7, 6)
+        self.head = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.second(nn.functional.softplus(self.first(x)))))
+
+
+class Residual(nn.Module):
+    """Convolutions and BatchNorm, a residual sum, pooling, flatten into a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 5, 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(5)
+        self.inner = nn.Conv2d(5, 4, 3, padding=1)
+        self.inner_norm = nn.BatchNorm2d(4)
+        self.outer = nn.Conv2d(4, 5, 1, bias=False)
+        self.outer_norm = nn.BatchNorm2d(5)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        inner = nn.functional.softplus(self.inner_norm(self.inner(x)))
+        x = torch.relu(x + self.outer_norm(self.outer(inner)))
+        return self.head(nn.functional.avg_pool2d(x, 2).flatten(1))
+
+
+class Concatenated(nn.Module):
+    """Two branches concatenated into one linear, and a frozen layer before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 6)
+        self.right = nn.Linear(4, 5)
+        self.mix = nn.Linear(11, 4)
+        self.head = nn.Linear(4, 2)
+        self.right.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([torch.tanh(self.left(x)), torch.sigmoid(self.right(x))], 1)
+        return self.head(torch.sigmoid(self.mix(both)))
+
+
+Specification = list[tuple[str, int, list[tuple[str, int]], list[tuple[str, int]]]]
+
+
+def _structure(
+    model: nn.Module,
+    specification: Specification,
+    extents: dict[str, tuple],
+    attributes: list[tuple[str, str, object]],
+    work: list[Work],
+) -> Structure:
+    groups = tuple(
+        Group(
+            name,
+            units,
+            "unit",
+            tuple(Slice(t, d, extents[t][d], "producer") for t, d in producers)
+            + tuple(Slice(t, d, extents[t][d], "reader") for t, d in readers),
+        )
+        for name, units, producers, readers in specification
+    )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return Structure(
+        groups=groups,
+        refused=(),
+        tensors={n: extents.get(n, tuple(Fixed(k) for k in t.shape)) for n, t in tensors.items()},
+        parameters=frozenset(dict(model.named_parameters())),
+        attributes=tuple(SizeAttribute(m, a, None, e) for m, a, e in attributes),  # type: ignore[arg-type]
+        work=tuple(work),
+    )
+
+
+def mlp_structure(model: Mlp, batch: int) -> Structure:
+    a, b = Units(0, 7), Units(1, 6)
+    extents = {
+        "first.weight": (a, Fixed(5)),
+        "first.bias": (a,),
+        "second.weight": (b, a),
+        "second.bias": (b,),
+        "head.weight": (Fixed(3), b),
+    }
+    return _structure(
+        model,
+        [
+            ("first", 7, [("first.weight", 0), ("first.bias", 0)], [("second.weight", 1)]),
+            ("second", 6, [("second.weight", 0), ("second.bias", 0)], [("head.weight", 1)]),
+        ],
+        extents,
+        [
+            ("first", "out_features", a),
+            ("second", "in_features", a),
+            ("second", "out_features", b),
+            ("head", "in_features", b),
+        ],
+        [
+            Work("first", "addmm", 2 * batch * 5, (a,)),
+            Work("second", "addmm", 2 * batch, (a, b)),
+            Work("head", "mm", 2 * batch * 3, (b,)),
+        ],
+    )
+
+
+def residual_structure(model: Residual, batch: int) -> Structure:
+    r, i = Units(0, 5), Units(1, 4)
+    one, three = Fixed(1), Fixed(3)
+    extents = {
+        "stem.weight": (r, Fixed(2), three, three),
+        "inner.weight": (i, r, three, three),
+        "inner.bias": (i,),
+        "outer.weight": (r, i, one, one),
+        "head.weight": (three, Product((r, Fixed(4)))),
+    }
+    norm = ("weight", "bias", "running_mean", "running_var")
+    extents |= {
+        f"{m}_norm.{leaf}": (e,) for m, e in (("stem", r), ("inner", i), ("outer", r)) for leaf in norm
+    }
+    rows = [("stem.weight", 0), ("outer.weight", 0)]
+    rows += [(f"{m}_norm.{leaf}", 0) for m in ("stem", "outer") for leaf in norm]
+    inner = [("inner.weight", 0), ("inner.bias", 0)] + [(f"inner_norm.{leaf}", 0) for leaf in norm]
+    return _structure(
+        model,
+        [
+            ("stem", 5, rows, [("inner.weight", 1), ("head.weight", 1)]),
+            ("inner", 4, inner, [("outer.weight", 1)]),
+        ],
+        extents,
+        [
+            ("stem", "out_channels", r),
+            ("stem_norm", "num_features", r),
+            ("inner", "in_channels", r),
+            ("inner", "out_channels", i),
+            ("inner_norm", "num_features", i),
+            ("outer", "in_channels", i),
+            ("outer", "out_channels", r),
+            ("outer_norm", "num_features", r),
+            ("head", "in_features", Product((r, Fixed(4)))),
+        ],
+        [
+            Work("stem", "convolution", 2 * batch * 16 * 9 * 2, (r,)),
+            Work("inner", "convolution", 2 * batch * 16 * 9, (r, i)),
+            Work("outer", "convolution", 2 * batch * 16, (r, i)),
+            Work("head", "addmm", 2 * batch * 3 * 4, (r,)),
+        ],
+    )
+
+
+def concatenated_structure(model: Concatenated, batch: int) -> Structure:
+    left, right, mix = Units(0, 6), Units(1, 5), Units(2, 4)
+    both = Concat((left, right))
+    extents = {
+        "left.weight": (left, Fixed(4)),
+        "left.bias": (left,),
+        "right.weight": (right, Fixed(4)),
+        "right.bias": (right,),
+        "mix.weight": (mix, both),
+        "mix.bias": (mix,),
+        "head.weight": (Fixed(2), mix),
+    }
+    return _structure(
+        model,
+        [
+            ("left", 6, [("left.weight", 0), ("left.bias", 0)], [("mix.weight", 1)]),
+            ("right", 5, [("right.weight", 0), ("right.bias", 0)], [("mix.weight", 1)]),
+            ("mix", 4, [("mix.weight", 0), ("mix.bias", 0)], [("head.weight", 1)]),
+        ],
+        extents,
+        [
+            ("left", "out_features", left),
+            ("right", "out_features", right),
+            ("mix", "in_features", both),
+            ("mix", "out_features", mix),
+            ("head", "in_features", mix),
+        ],
+        [
+            Work("left", "addmm", 2 * batch * 4, (left,)),
+            Work("right", "addmm", 2 * batch * 4, (right,)),
+            Work("mix", "addmm", 2 * batch, (both, mix)),
+            Work("head", "addmm", 2 * batch * 2, (mix,)),
+        ],
+    )
+
+
+BATCH = 6
+
+
+def make(
+    name: str, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, Structure, Tensor, Tensor]:
+    """A net by name with its structure, a batch of inputs and targets."""
+    torch.manual_seed(seed)
+    shapes = {"mlp": (5,), "residual": (2, 4, 4), "concatenated": (4,)}
+    model: nn.Module
+    if name == "mlp":
+        model = Mlp().to(dtype)
+        structure = mlp_structure(model, BATCH)
+    elif name == "residual":
+        model = Residual().to(dtype)
+        structure = residual_structure(model, BATCH)
+    else:
+        model = Concatenated().to(dtype)
+        structure = concatenated_structure(model, BATCH)
+    x = torch.randn(BATCH, *shapes[name], dtype=dtype)
+    with torch.no_grad():
+        outputs = model.eval()(x).shape[1]
+    model.train()
+    return model, structure, x, torch.randint(outputs, (BATCH,))
