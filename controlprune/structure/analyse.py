@@ -1,0 +1,86 @@
+"""`analyse`: from a model and example inputs to its `Structure`.
+
+Two traces write one tape: in eval mode, whose operators are the work that is counted, and in training mode
+for couplings that exist only there (auxiliary heads). The model is left exactly as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import nn
+
+from .build import build
+from .groups import Group, Structure
+from .sizes import bind_module_attributes
+from .tape import Tape
+from .trace import ExampleInputs, record, untouched
+
+__all__ = ["analyse", "find_groups", "require_groups"]
+
+
+def analyse(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    ignored_layers: Sequence[nn.Module | str] = (),
+    optimizer_parameters: Iterable[nn.Parameter] | None = None,
+) -> Structure:
+    """Groups, refusals, extents of every tensor, and counted work of `model` on `example_inputs`.
+
+    `example_inputs`: a tuple (positional), a dict (keywords) or one tensor. `ignored_layers`: modules or
+    their names, left alone.
+    """
+    ignored = _ignored_tensors(model, ignored_layers)
+    tape = Tape(model)
+    with untouched(model):
+        model.eval()
+        try:
+            record(tape, example_inputs)
+        except Exception as error:
+            raise ValueError(
+                f"example_inputs do not fit the model: its forward raised {type(error).__name__}: {error}. "
+                "Give example_inputs as a tuple (positional), a dict (keywords) or one tensor."
+            ) from error
+    tape.counting = False
+    with untouched(model):
+        model.train()
+        try:
+            record(tape, example_inputs)
+        except Exception:  # e.g. BatchNorm refuses one value per channel: eval mode has told what there is
+            tape.where = ""
+    bind_module_attributes(tape)
+    return build(tape, ignored)
+
+
+def find_groups(
+    model: nn.Module, example_inputs: ExampleInputs, *, ignored_layers: Sequence[nn.Module | str] = ()
+) -> tuple[Group, ...]:
+    """The groups of units of a model that can be pruned together; usable alone."""
+    return analyse(model, example_inputs, ignored_layers=ignored_layers).groups
+
+
+def require_groups(structure: Structure) -> Structure:
+    """The structure itself, or an error that says why nothing in the model can be pruned."""
+    if not structure.groups:
+        reasons = "\n".join(f"  {r.name} ({r.size}): {r.reason}" for r in structure.refused)
+        raise ValueError(
+            f"nothing in this model can be pruned:\n{reasons or '  it has no parameters that are read'}"
+        )
+    return structure
+
+
+def _ignored_tensors(model: nn.Module, ignored_layers: Sequence[nn.Module | str]) -> Collection[str]:
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    found: dict[str, None] = {}
+    for layer in ignored_layers:
+        if isinstance(layer, str) and layer not in modules:
+            raise ValueError(f"ignored_layers: the model has no module called {layer!r}")
+        if isinstance(layer, nn.Module) and layer not in names:
+            raise ValueError(f"ignored_layers: {type(layer).__name__} is not a module of the model")
+        prefix = layer if isinstance(layer, str) else names[layer]
+        for name, _ in modules[prefix].named_parameters():
+            found[f"{prefix}.{name}" if prefix else name] = None
+    canonical = {name for name, _ in model.named_parameters()}
+    return [name for name in found if name in canonical]

@@ -1,0 +1,174 @@
+"""Contractions: matrix products and convolutions, and the work they cost.
+
+    mm        out[n, m]    = Σ_k x[n, k] w[k, m]                                    2·n·k·m FLOPs
+    conv      out[b, (g, o), p] = Σ_{i, q} x[b, (g, i), p + q] w[(g, o), i, q]       2·b·Πp·|w|   FLOPs
+    attention out[b, h, t, e] = Σ_s softmax_s(Σ_d q[b, h, t, d] k[b, h, s, d]) v[b, h, s, e]
+
+The summed axis of x and w is one axis, read by the operand that is a view of a parameter. FLOPs are counted
+as torch.utils.flop_counter counts them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .axes import Axis
+from .rules import fresh, rule
+from .tape import Call, Dim, Dims, Tape
+
+MIXED = "a window slides over its positions (convolution, pooling)"
+
+
+def _out(tape: Tape, *dims: Dim, weight: bool = False) -> Dims:
+    """Dimensions of a product: sources survive in products of parameters only."""
+    if not weight:
+        tape.keep(dims)
+    return [dim if weight else dim.plain for dim in dims]
+
+
+def _weight_first(call: Call, left: str, right: str) -> bool:
+    return call.weight(left) and not call.weight(right)
+
+
+def _both_weights(call: Call, left: str, right: str) -> bool:
+    return call.weight(left) and call.weight(right)
+
+
+@rule("mm")
+def mm(tape: Tape, call: Call) -> list[Dims]:
+    (n, k), (k2, m) = call.dims("self"), call.dims("mat2")
+    axis = tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
+    tape.count("mm", 2, n.axis, axis, m.axis)
+    return [_out(tape, n, m, weight=_both_weights(call, "self", "mat2"))]
+
+
+def _add_bias(tape: Tape, bias: Dims, out: Dims) -> Dims:
+    for b, dim in zip(reversed(bias), reversed(out), strict=False):
+        if b.size == dim.size:
+            tape.unify(b.axis, dim.axis)
+    return [dim.plain for dim in out]
+
+
+@rule("addmm", "_addmm_activation")
+def addmm(tape: Tape, call: Call) -> list[Dims]:
+    (n, k), (k2, m) = call.dims("mat1"), call.dims("mat2")
+    axis = tape.contract(k, k2, weight_first=_weight_first(call, "mat1", "mat2"))
+    tape.count("addmm", 2, n.axis, axis, m.axis)
+    return [_add_bias(tape, call.dims("self"), _out(tape, n, m))]
+
+
+def _bmm(tape: Tape, call: Call, left: str, right: str, operator: str) -> Dims:
+    (b, n, k), (b2, k2, m) = call.dims(left), call.dims(right)
+    axis = tape.contract(k, k2, weight_first=_weight_first(call, left, right))
+    batch = Dim(tape.unify(b.axis, b2.axis), b.sources | b2.sources)
+    tape.count(operator, 2, batch.axis, n.axis, axis, m.axis)
+    return _out(tape, batch, n, m, weight=_both_weights(call, left, right))
+
+
+@rule("bmm")
+def bmm(tape: Tape, call: Call) -> list[Dims]:
+    return [_bmm(tape, call, "self", "mat2", "bmm")]
+
+
+@rule("baddbmm")
+def baddbmm(tape: Tape, call: Call) -> list[Dims]:
+    return [_add_bias(tape, call.dims("self"), _bmm(tape, call, "batch1", "batch2", "baddbmm"))]
+
+
+@rule("addbmm")
+def addbmm(tape: Tape, call: Call) -> list[Dims]:
+    b, *rest = _bmm(tape, call, "batch1", "batch2", "addbmm")
+    tape.pin(b.axis, "matrices are summed over it")
+    return [_add_bias(tape, call.dims("self"), rest)]
+
+
+@rule("dot", "vdot")
+def dot(tape: Tape, call: Call) -> list[Dims]:
+    other = "tensor" if "tensor" in call.arguments else "other"
+    tape.contract(call.dims("self")[0], call.dims(other)[0], weight_first=_weight_first(call, "self", other))
+    return [[]]
+
+
+@rule("mv")
+def mv(tape: Tape, call: Call) -> list[Dims]:
+    (n, k), (k2,) = call.dims("self"), call.dims("vec")
+    tape.contract(k, k2, weight_first=_weight_first(call, "self", "vec"))
+    return [_out(tape, n, weight=_both_weights(call, "self", "vec"))]
+
+
+@rule("addmv")
+def addmv(tape: Tape, call: Call) -> list[Dims]:
+    (n, k), (k2,) = call.dims("mat"), call.dims("vec")
+    tape.contract(k, k2, weight_first=_weight_first(call, "mat", "vec"))
+    return [_add_bias(tape, call.dims("self"), _out(tape, n))]
+
+
+@rule("linear")
+def linear(tape: Tape, call: Call) -> list[Dims]:
+    """Where torch does not split it into mm or addmm (some backends)."""
+    *batch, k = call.dims("input")
+    m, k2 = call.dims("weight")
+    axis = tape.contract(k, k2)
+    tape.count("mm", 2, *(dim.axis for dim in batch), axis, m.axis)
+    out = _out(tape, *batch, m)
+    return [_add_bias(tape, call.dims("bias"), out) if call.has("bias") else out]
+
+
+@rule("convolution", "cudnn_convolution", "mkldnn_convolution", "_convolution", "convolution_overrideable")
+def convolution(tape: Tape, call: Call) -> list[Dims]:
+    """Input channels are (group, i), output channels (group, o); the window mixes positions in space."""
+    batch, channels, *space = call.dims("input")
+    weight = call.dims("weight")
+    groups, transposed = call.integer("groups"), bool(call.arguments.get("transposed", False))
+    first, second, *kernel = weight
+    group, inner = tape.regroup([channels.axis], [groups, channels.size // groups])
+    weight_group, of_weight = tape.regroup([first.axis], [groups, first.size // groups])
+    group = tape.unify(group, weight_group)
+    read = Dim(of_weight, first.sources) if transposed else second
+    made = second if transposed else Dim(of_weight, first.sources)
+    from_input = Dim(inner, channels.sources)
+    tape.contract(from_input, read, weight_first=_weight_first(call, "input", "weight"))
+    tape.keep([made, Dim(weight_group, first.sources if groups > 1 else frozenset())])
+    (out,) = tape.regroup([group, made.axis], [groups * made.size])
+    if call.has("bias"):
+        tape.unify(out, call.dims("bias")[0].axis)
+    tape.pin_dims(space, MIXED)
+    tape.pin_dims(kernel, "")
+    positions = call.shape[2:] if not transposed else [dim.size for dim in space]
+    coefficient = 2 * math.prod(positions) * math.prod(dim.size for dim in kernel)
+    tape.count("convolution", coefficient, batch.axis, first.axis, second.axis)
+    return [[batch.plain, Dim(out), *fresh(call.shape[2:])]]
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+      "_scaled_dot_product_attention_math", "_scaled_dot_product_fused_attention_overrideable",
+      "scaled_dot_product_attention")  # fmt: skip
+def attention(tape: Tape, call: Call) -> list[Dims]:
+    """Query heads are (key/value head, repeat); keys meet queries over the head dimension."""
+    (*batch, heads, t, d), (*_, kv, s, dk), (*_, kv2, s2, e) = (
+        call.dims(a) for a in ("query", "key", "value")
+    )
+    tape.contract(d.plain, dk.plain)
+    tape.unify(s.axis, s2.axis)
+    tape.pin(s.axis, "softmax runs over it")
+    tape.unify(kv.axis, kv2.axis)
+    outer, repeats = tape.regroup([heads.axis], [kv.size, heads.size // kv.size])
+    tape.unify(outer, kv.axis)
+    for other in (call.dims("key"), call.dims("value")):
+        for mine, its in zip(batch, other, strict=False):
+            tape.unify(mine.axis, its.axis)
+    mask = "attn_mask" if call.has("attn_mask") else "attn_bias"
+    if call.has(mask):
+        for dim, its in zip((*batch, heads, t, s), _padded(call.dims(mask), len(batch) + 3), strict=True):
+            if its.size == dim.size:
+                tape.unify(dim.axis, its.axis)
+    outside = [dim.axis for dim in batch]
+    tape.count("attention", 2, *outside, heads.axis, t.axis, d.axis, s.axis)
+    tape.count("attention", 2, *outside, heads.axis, t.axis, s.axis, e.axis)
+    tape.keep([heads, t, e])
+    return [[dim.plain for dim in (*batch, heads, t, e)]]
+
+
+def _padded(dims: Dims, ndim: int) -> Dims:
+    return [Dim(Axis(1))] * (ndim - len(dims)) + dims

@@ -1,0 +1,105 @@
+"""Reductions, scans and orderings: positions along an axis meet, so none of them may leave.
+
+sum over an axis with sources     a contraction with those parameters (zeroed entries add nothing)
+every other reduction or scan     the axis is pinned
+"""
+
+from __future__ import annotations
+
+from .axes import Axis
+from .rules import fresh, rule
+from .tape import Call, Dim, Dims, Read, Tape
+
+__all__ = ["reduced"]
+
+
+def _dims_of(call: Call, ndim: int) -> list[int]:
+    given = call.arguments.get("dim")
+    if given is None or given == []:
+        return list(range(ndim))
+    return [d % ndim if ndim else 0 for d in call.integers("dim")]
+
+
+def reduced(tape: Tape, call: Call, reason: str) -> Dims:
+    """Pin the reduced dimensions and take them out (or leave 1)."""
+    old = call.dims("self")
+    gone = _dims_of(call, len(old))
+    keepdim = bool(call.arguments.get("keepdim", False))
+    for d in gone:
+        if old:
+            tape.pin(old[d].axis, reason)
+    return [Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]
+
+
+@rule("sum")
+def sum_(tape: Tape, call: Call) -> list[Dims]:
+    old = call.dims("self")
+    for d in _dims_of(call, len(old)):
+        if old and old[d].sources:
+            tape.reads.append(Read(old[d].axis, old[d].sources))
+            old = [*old[:d], old[d], *old[d + 1 :]]
+    free = {d for d in _dims_of(call, len(old)) if old and old[d].sources}
+    keepdim = bool(call.arguments.get("keepdim", False))
+    gone = _dims_of(call, len(old))
+    for d in gone:
+        if old and d not in free:
+            tape.pin(old[d].axis, "its units are summed")
+    return [[Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]]
+
+
+@rule("mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "var", "std",
+      "var_mean", "std_mean", "norm", "linalg_vector_norm", "median", "nanmedian", "aminmax", "nansum", "mode",
+      "count_nonzero", "_unique2", "kthvalue")  # fmt: skip
+def reduction(tape: Tape, call: Call) -> list[Dims]:
+    if call.has("other"):  # max(a, b) is element by element
+        from .rules_elementwise import elementwise
+
+        return elementwise(tape, call)
+    name = call.name.rpartition("::")[2]
+    return [
+        [dim.plain for dim in reduced(tape, call, f"its units are reduced to one number ({name})")]
+    ] * len(call.outputs)
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def softmax(tape: Tape, call: Call) -> list[Dims]:
+    return _along(tape, call, "softmax runs over its units")
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort")
+def scan(tape: Tape, call: Call) -> list[Dims]:
+    return _along(tape, call, f"a scan or sort runs along it ({call.name.rpartition('::')[2]})")
+
+
+def _along(tape: Tape, call: Call, reason: str) -> list[Dims]:
+    """The shape stays; positions along `dim` depend on each other."""
+    dims = [dim.plain for dim in call.dims("self")]
+    if dims:
+        tape.pin(dims[call.integer("dim")].axis, reason)
+    return [dims] * len(call.outputs)
+
+
+@rule("topk")
+def topk(tape: Tape, call: Call) -> list[Dims]:
+    dims = [dim.plain for dim in call.dims("self")]
+    d = call.integer("dim")
+    if dims:
+        tape.pin(dims[d].axis, "the largest of its positions are picked (topk)")
+        dims[d] = fresh([call.shape[d]])[0]
+    return [dims] * 2
+
+
+@rule("tril", "triu")
+def triangle(tape: Tape, call: Call) -> list[Dims]:
+    dims = [dim.plain for dim in call.dims("self")]
+    tape.pin_dims(dims[-2:], "its positions are compared with each other (tril, triu)")
+    return [dims]
+
+
+@rule("_local_scalar_dense", "equal", "is_nonzero", "_assert_async", "_assert_scalar", "is_same_size")
+def value(tape: Tape, call: Call) -> list[Dims]:
+    """A number goes to Python: it has no dimensions; `equal` compares all of two tensors."""
+    if call.name.endswith("equal"):
+        for entry in call.entries.values():
+            tape.pin_dims(entry.dims, "the model's code compares it as a whole")
+    return []

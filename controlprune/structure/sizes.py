@@ -1,0 +1,82 @@
+"""Sizes that live in Python attributes: found by the type of the module, written when tensors shrink.
+
+getattr(module, attribute)  =  size(extent, widths)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .axes import Axis
+from .extents import size
+from .groups import Structure
+from .tape import Tape
+
+__all__ = ["bind_module_attributes", "set_sizes"]
+
+
+def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | None) -> None:
+    """Write every size attribute of the structure at the given widths (`None`: dense)."""
+    modules = dict(model.named_modules())
+    for entry in structure.attributes:
+        owner: object = modules[entry.module]
+        *path, last = entry.attribute.split(".")
+        for name in path:
+            owner = getattr(owner, name)
+        value: object = size(entry.extent, widths)
+        if entry.index is not None:
+            old = list(getattr(owner, last))
+            old[entry.index] = value
+            value = type(getattr(owner, last))(old)
+        object.__setattr__(owner, last, value)
+
+
+# (module types, attribute, index, tensor, dimension): the attribute is the length of that dimension
+TABLE: tuple[tuple[tuple[type[nn.Module], ...], str, int | None, str, int], ...] = (
+    ((nn.Linear,), "in_features", None, "weight", 1),
+    ((nn.Linear,), "out_features", None, "weight", 0),
+    ((nn.Embedding, nn.EmbeddingBag), "embedding_dim", None, "weight", 1),
+    ((nn.modules.batchnorm._NormBase,), "num_features", None, "weight", 0),
+    ((nn.modules.batchnorm._NormBase,), "num_features", None, "running_mean", 0),
+    ((nn.GroupNorm,), "num_channels", None, "weight", 0),
+    ((nn.LayerNorm,), "normalized_shape", -1, "weight", -1),
+    ((nn.PReLU,), "num_parameters", None, "weight", 0),
+    ((nn.RNNBase,), "input_size", None, "weight_ih_l0", 1),
+    ((nn.RNNBase,), "hidden_size", None, "weight_hh_l0", 1),
+    ((nn.Bilinear,), "in1_features", None, "weight", 1),
+    ((nn.Bilinear,), "in2_features", None, "weight", 2),
+    ((nn.Bilinear,), "out_features", None, "weight", 0),
+)
+
+
+def bind_module_attributes(tape: Tape) -> None:
+    """Tell the tape which attributes of torch's own modules are sizes of which axes."""
+    for path, module in tape.model.named_modules():
+        for types, attribute, index, tensor, dim in TABLE:
+            if isinstance(module, types) and (axis := _axis(tape, path, tensor, dim)) is not None:
+                shape = getattr(module, attribute)
+                tape.bind(path, attribute, index if index is None else len(shape) + index, axis)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            _bind_convolution(tape, path, module)
+
+
+def _axis(tape: Tape, path: str, tensor: str, dim: int) -> Axis | None:
+    name = f"{path}.{tensor}" if path else tensor
+    dims = tape.tensors.get(tape.aliases.get(name, name))
+    return None if dims is None or not dims else dims[dim]
+
+
+def _bind_convolution(tape: Tape, path: str, module: nn.modules.conv._ConvNd) -> None:
+    """in_channels = groups × i, out_channels = groups × o, whichever of the two the weight holds."""
+    first, second = _axis(tape, path, "weight", 0), _axis(tape, path, "weight", 1)
+    if first is None or second is None:
+        return
+    group, _ = tape.regroup([first], [module.groups, first.size // module.groups])
+    (other,) = tape.regroup([group, second], [module.groups * second.size])
+    into, out = (first, other) if module.transposed else (other, first)
+    tape.bind(path, "in_channels", None, into)
+    tape.bind(path, "out_channels", None, out)
+    if module.groups > 1:
+        tape.bind(path, "groups", None, group)

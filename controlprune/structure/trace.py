@@ -1,0 +1,205 @@
+"""Trace: run the model's real forward and let the rules write the tape.
+
+A TorchDispatchMode sees every ATen operator of one forward pass, whatever Python did to get there
+(control flow that depends on data, dict or dataclass outputs, keyword inputs, caches). The pass runs under
+no_grad; the model is left as it was found: training flags, buffers, random state, plain attributes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import (
+    rules_contraction,
+    rules_indexing,
+    rules_normalisation,
+    rules_reduction,
+    rules_spatial,
+    rules_views,
+)
+from .rules import fresh, lookup, taint
+from .rules_elementwise import elementwise
+from .tape import Call, Tape
+
+__all__ = ["ExampleInputs", "Recorder", "call_model", "output_tensors", "record", "untouched"]
+
+ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
+RULE_MODULES = (
+    rules_contraction,
+    rules_indexing,
+    rules_normalisation,
+    rules_reduction,
+    rules_spatial,
+    rules_views,
+)
+
+
+class Recorder(TorchDispatchMode):
+    """Applies the rule of every operator that runs."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = lookup(func._schema.name)
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = elementwise
+        if rule is None:
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        call = self._call(func, args, kwargs)
+        result = func(*args, **kwargs)
+        call.outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._write(rule or taint, call)
+        return result
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Call:
+        arguments: dict[str, object] = {}
+        for position, argument in enumerate(func._schema.arguments):
+            if position < len(args):
+                arguments[argument.name] = args[position]
+            else:
+                arguments[argument.name] = kwargs.get(argument.name, argument.default_value)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        entries = {id(tensor): self.tape.entry(tensor) for tensor in tensors}
+        return Call(func._schema.name, arguments, [], entries)
+
+    def _write(self, rule: Any, call: Call) -> None:
+        weight = all(entry.weight for entry in call.entries.values())
+        found = rule(self.tape, call)
+        for position, output in enumerate(call.outputs):
+            dims = found[position] if position < len(found) else fresh(output.shape)
+            if [dim.size for dim in dims] != list(output.shape):
+                raise AssertionError(
+                    f"rule of {call.name}: {dims} for an output of shape {tuple(output.shape)}"
+                )
+            self.tape.set(output, dims, weight)
+
+
+def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """model(*tuple), model(**dict) or model(tensor)."""
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    return model(*example_inputs)
+
+
+def output_tensors(value: Any) -> list[Tensor]:
+    """Tensors in nested lists, tuples, dicts and dataclasses; other objects (caches) are the model's own."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in output_tensors(item)]
+    if isinstance(value, (list, tuple, set)):
+        return [tensor for item in value for tensor in output_tensors(item)]
+    if dataclasses.is_dataclass(value):
+        return [t for field in dataclasses.fields(value) for t in output_tensors(getattr(value, field.name))]
+    return []
+
+
+def input_tensors(value: Any) -> list[Tensor]:
+    """Every tensor among the example inputs, those inside the user's objects included."""
+    found = output_tensors(value)
+    if not found and hasattr(value, "__dict__"):
+        return [tensor for item in vars(value).values() for tensor in input_tensors(item)]
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in input_tensors(item)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in input_tensors(item)]
+    return found
+
+
+def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
+    """One forward pass on the tape (in the model's present mode); returns the model's output."""
+    for tensor in input_tensors(example_inputs):
+        if not tape.owned(tensor):
+            tape.set(tensor, fresh(tensor.shape, "an input of the model"), weight=False)
+    with torch.no_grad(), reference_kernels(tape.model), module_names(tape), Recorder(tape):
+        output = call_model(tape.model, example_inputs)
+    tape.where = ""
+    for tensor in output_tensors(output):
+        tape.pin_dims(tape.entry(tensor).dims, "an output of the model")
+    return output
+
+
+@contextmanager
+def module_names(tape: Tape) -> Iterator[None]:
+    """Keep `tape.where` at the dotted name of the module that is running."""
+    names = {module: name for name, module in tape.model.named_modules()}
+    stack: list[str] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        stack.append(tape.where)
+        tape.where = names.get(module, tape.where)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        tape.where = stack.pop()
+
+    before = module_hooks.register_module_forward_pre_hook(enter)
+    after = module_hooks.register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+@contextmanager
+def reference_kernels(model: nn.Module) -> Iterator[None]:
+    """Fused kernels that hide their operators (MHA fast path, RNNs of oneDNN and cuDNN) are off."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    if recurrent:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the model's modes, buffers, plain attributes and the random state come back."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        for module, plain, held in zip(modules, attributes, buffers, strict=True):
+            vars(module).clear()
+            vars(module).update(plain)
+            module._buffers.clear()
+            module._buffers.update(held)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for parameter, flag in gradients:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
