@@ -88,6 +88,15 @@ class Plant:
         self.masks, self.compact = masks, compact
         self._hook(tensors)
 
+    @property
+    def spots(self) -> tuple[Spot, ...]:
+        """The tensors that units stand in, with what is parked of them: to read, not to change."""
+        return self._spots
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer under all its names, as they are now."""
+        return _tensors(self.model)
+
     def release(self) -> None:
         """Back to dense with all learned weights; no hook is left, nothing is parked."""
         self.apply(_all_on(self.structure), compact=False)
