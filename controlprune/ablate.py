@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .copies import parked_columns
 from .masking import Plant
 from .structure.extents import keep
 
@@ -28,11 +29,12 @@ def switched(plant: Plant, group: int, units: Tensor, *, off: bool) -> Iterator[
     masks = list(plant.masks)
     masks[group] = masks[group].clone()
     masks[group][units] = not off
+    tensors = plant.tensors()
     undo: list[tuple[Tensor, int, Tensor, Tensor]] = []
     try:
         with torch.no_grad():
             for part in plant.structure.groups[group].readers:
-                tensor = plant.tensor(part.tensor)
+                tensor = tensors[part.tensor]
                 before, after = keep(part.extent, plant.masks), keep(part.extent, masks)
                 changed = before & ~after if off else after & ~before
                 index = torch.nonzero(changed).flatten()
@@ -44,7 +46,7 @@ def switched(plant: Plant, group: int, units: Tensor, *, off: bool) -> Iterator[
                 if off:
                     tensor.data.index_fill_(part.dim, live, 0)
                 else:
-                    tensor.data.index_copy_(part.dim, live, plant.parked(part.tensor, part.dim, index))
+                    tensor.data.index_copy_(part.dim, live, parked_columns(plant, part.tensor, part.dim, index, masks))
         yield
     finally:
         with torch.no_grad():

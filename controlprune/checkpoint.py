@@ -69,9 +69,10 @@ class Checkpoints:
         self.relayout(tuple(saved["masks"][name].cpu() for name in names), bool(saved["compact"]))
 
     def _misfits(self, state: Mapping[str, Any], prefix: str) -> str:
+        tensors = self.plant.tensors()
         for name in self.plant.structure.tensors:
             value = state.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != self.plant.tensor(name).shape:
+            if isinstance(value, Tensor) and value.shape != tensors[name].shape:
                 return prefix + name
         return ""
 

@@ -162,6 +162,11 @@ class Controller:
     # --- what the user reads --------------------------------------------------------------------
 
     @property
+    def plant(self) -> Plant:
+        """The model and optimizer as they are laid out now."""
+        return self._plant
+
+    @property
     def model(self) -> nn.Module:
         return self._plant.model
 
@@ -213,7 +218,8 @@ class Controller:
         self._checkpoints.require_admitted()
         self._seen = "good"
         if self._loop.wants_gradients(self.steps + 1):
-            if not any(self._plant.tensor(n).grad is not None for n in self._plant.structure.parameters):
+            tensors = self._plant.tensors()
+            if all(tensors[name].grad is None for name in self._plant.structure.parameters):
                 self._seen = "none"
                 return
             gradients = torch.cat([g.cpu() for g in self._plant.gate_gradients()])
@@ -245,7 +251,7 @@ class Controller:
                 stacklevel=2,
             )
         due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
-        if due or self._plant.device.type == "cpu":
+        if due or self._losses[-1].device.type == "cpu":
             self._flush_losses()
         self._count(seen)
         if due:
@@ -273,7 +279,6 @@ class Controller:
                 self._loss = value
                 self._loop.watch(self.steps, value)
             else:
-                self._bad_loss = True
                 self._count("bad")
 
     def _count(self, seen: str) -> None:

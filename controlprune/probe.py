@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from .copies import dense_copies, per_unit_products
 from .masking import Plant
 from .replay import Batch, float_leaves, undisturbed
 from .structure.sizes import set_sizes
@@ -25,7 +26,7 @@ __all__ = ["probe"]
 
 def probe(plant: Plant, batch: Batch) -> Tensor:
     """Gate gradients of all units, groups concatenated, float32; live units included."""
-    full, masked = plant.dense_copies()
+    full, masked = dense_copies(plant)
     readers = {part.tensor for group in plant.structure.groups for part in group.readers}
     leaves = {name: masked[name].requires_grad_() for name in readers if masked[name].is_floating_point()}
     widths = [int(m.sum()) for m in plant.masks]
@@ -44,4 +45,4 @@ def probe(plant: Plant, batch: Batch) -> Tensor:
         if plant.compact:
             set_sizes(plant.model, plant.structure, widths)
     found = {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
-    return torch.cat(plant.per_unit_products(full, found))
+    return torch.cat(per_unit_products(plant, full, found))
