@@ -22,7 +22,9 @@ def _row(name: str, result: Result) -> str:
         for part in (
             "" if result.restored else "NOT RESTORED",
             "" if result.trains else "shrunk model does not train",
-            "" if result.max_error_float64 is None else f"float64 {result.max_error_float64:.1e}",
+            ""
+            if result.max_error_float64 is None or result.exact
+            else f"float64 {result.max_error_float64:.1e}",
             next((f"{r.name}: {r.reason}" for r in result.refused), ""),
         )
         if part
