@@ -23,9 +23,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from .structure.extents import keep
+from .masking import Plant
 from .structure.groups import Structure
-from .structure.sizes import set_sizes
 
 __all__ = [
     "Side",
@@ -119,14 +118,10 @@ def fresh(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factory()
+        plant = Plant(model, None, structure)
         masks = [torch.arange(n) < width for n, width in zip(structure.sizes, widths, strict=True)]
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        with torch.no_grad():
-            for name, extents in structure.tensors.items():
-                for dim, extent in enumerate(extents):
-                    live = keep(extent, masks).nonzero().flatten()
-                    tensors[name].data = tensors[name].data.index_select(dim, live).contiguous()
-        set_sizes(model, structure, widths)
+        plant.apply(masks, compact=True)
+        plant.harden()
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
