@@ -1,0 +1,94 @@
+"""Computed margins against a simulated loop: at the margin it breaks, inside it does not."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from controlprune.regulators.design import design, margins
+from controlprune.regulators.identify import Response
+from controlprune.regulators.pi import PI
+
+RESPONSES = [Response(0.3), Response(0.3, 0.6), Response(1.0, 0.9, 2), Response(2.0, 0.2, 1)]
+
+
+def simulate(response: Response, regulator: PI, steps: int = 600, more_delay: int = 0) -> np.ndarray:
+    """y after a reference step of −0.01, the regulator itself in the loop (wide stops: linear in u)."""
+    regulator = replace(regulator, initial=1.0, low=1e-300, high=1e300)
+    state, y, outputs = regulator.init(), 0.0, []
+    queue = [0.0] * (response.delay + more_delay)
+    for _ in range(steps):
+        outputs.append(y)
+        queue.append(math.log(state.price))
+        y = response.pole * y - (1 - response.pole) * response.gain * queue.pop(0)
+        state = regulator.update(state, outputs[-1] + 0.01)
+    return np.array(outputs)
+
+
+def grows(y: np.ndarray) -> bool:
+    error = np.abs(y + 0.01)
+    return bool(error[-60:].max() > error[60:120].max() + 1e-12)
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+@pytest.mark.parametrize("phase", [45.0, 60.0])
+def test_designed_loop_has_its_margins(response, smoothing, phase) -> None:
+    found = design(response, phase, smoothing)
+    assert found.margins.phase == pytest.approx(phase, abs=0.01)
+    y = simulate(response, found.regulator)
+    assert abs(y[-1] + 0.01) < 1e-5  # no steady-state error
+    assert y.min() > -0.01 * 1.6  # overshoot
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_gain_margin_is_where_the_simulated_loop_breaks(response) -> None:
+    found = design(response, 60.0)
+
+    def scaled(factor: float) -> PI:
+        pi = found.regulator
+        return replace(pi, integral=pi.integral * factor, proportional=pi.proportional * factor)
+
+    assert not grows(simulate(response, scaled(0.97 * found.margins.gain)))
+    assert grows(simulate(response, scaled(1.03 * found.margins.gain)))
+    assert not grows(simulate(response, scaled(2.0)))  # doubling the gain is inside every margin here
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_delay_margin_is_where_the_simulated_loop_breaks(response) -> None:
+    found = design(response, 50.0)
+    assert not grows(simulate(response, found.regulator, more_delay=math.ceil(found.margins.delay) - 1))
+    assert grows(simulate(response, found.regulator, more_delay=math.floor(found.margins.delay) + 1))
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+def test_closed_form(response) -> None:
+    omega = (math.pi / 2 - math.radians(60)) / (response.delay + 1.5)
+    assert design(response).regulator.integral * response.gain == pytest.approx(2 * math.sin(omega / 2))
+
+
+def test_default_gains_are_the_designed_ones() -> None:
+    assert PI().integral == pytest.approx(design(Response(0.3)).regulator.integral, rel=0.01)
+    assert PI().proportional == design(Response(0.3)).regulator.proportional == 0
+
+
+def test_a_loop_beyond_its_margins_says_so() -> None:
+    calm, fast = margins(Response(0.3), PI(1.0)), margins(Response(0.3), PI(3.0))
+    assert calm.gain / fast.gain == pytest.approx(3.0)
+    assert fast.damping < calm.damping
+    assert margins(Response(0.3), PI(3.5)).gain < 1
+
+
+@pytest.mark.parametrize("phase", [0, 90, -10])
+def test_impossible_phase_margin(phase) -> None:
+    with pytest.raises(ValueError, match="phase_margin"):
+        design(Response(0.3), phase)
+
+
+@pytest.mark.parametrize("arguments", [{"gain": 0.0}, {"gain": math.nan}, {"pole": 1.0}, {"delay": -1}])
+def test_impossible_response(arguments) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
+        Response(**({"gain": 0.3} | arguments))
