@@ -3,6 +3,7 @@
 from .analyse import analyse, find_groups, require_groups
 from .groups import Group, Refusal, SizeAttribute, Slice, Structure, Work
 from .sizes import set_sizes
+from .verify import verify, without
 
 __all__ = [
     "Group",
@@ -15,4 +16,6 @@ __all__ = [
     "find_groups",
     "require_groups",
     "set_sizes",
+    "verify",
+    "without",
 ]

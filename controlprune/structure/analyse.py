@@ -15,6 +15,7 @@ from .groups import Group, Structure
 from .sizes import bind_module_attributes
 from .tape import Tape
 from .trace import ExampleInputs, record, untouched
+from .verify import verify
 
 __all__ = ["analyse", "find_groups", "require_groups"]
 
@@ -25,11 +26,12 @@ def analyse(
     *,
     ignored_layers: Sequence[nn.Module | str] = (),
     optimizer_parameters: Iterable[nn.Parameter] | None = None,
+    check: bool = True,
 ) -> Structure:
     """Groups, refusals, extents of every tensor, and counted work of `model` on `example_inputs`.
 
     `example_inputs`: a tuple (positional), a dict (keywords) or one tensor. `ignored_layers`: modules or
-    their names, left alone.
+    their names, left alone. `check`: try masked against shrunk on the model, and refuse what disagrees.
     """
     ignored = _ignored_tensors(model, ignored_layers)
     tape = Tape(model)
@@ -50,7 +52,8 @@ def analyse(
         except Exception:  # e.g. BatchNorm refuses one value per channel: eval mode has told what there is
             tape.where = ""
     bind_module_attributes(tape)
-    return build(tape, ignored)
+    structure = build(tape, ignored)
+    return verify(model, example_inputs, structure) if check else structure
 
 
 def find_groups(

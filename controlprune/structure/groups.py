@@ -98,6 +98,7 @@ class Structure:
     attributes: tuple[SizeAttribute, ...]
     work: tuple[Work, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .axes import Axis
+from .axes import Axis, pin
 from .extents import size
 from .groups import Structure
 from .tape import Tape
@@ -44,7 +44,8 @@ TABLE: tuple[tuple[tuple[type[nn.Module], ...], str, int | None, str, int], ...]
     ((nn.LayerNorm,), "normalized_shape", -1, "weight", -1),
     ((nn.PReLU,), "num_parameters", None, "weight", 0),
     ((nn.RNNBase,), "input_size", None, "weight_ih_l0", 1),
-    ((nn.RNNBase,), "hidden_size", None, "weight_hh_l0", 1),
+    ((nn.RNNCellBase,), "input_size", None, "weight_ih", 1),
+    ((nn.RNNCellBase,), "hidden_size", None, "weight_hh", 1),
     ((nn.Bilinear,), "in1_features", None, "weight", 1),
     ((nn.Bilinear,), "in2_features", None, "weight", 2),
     ((nn.Bilinear,), "out_features", None, "weight", 0),
@@ -60,6 +61,13 @@ def bind_module_attributes(tape: Tape) -> None:
                 tape.bind(path, attribute, index if index is None else len(shape) + index, axis)
         if isinstance(module, nn.modules.conv._ConvNd):
             _bind_convolution(tape, path, module)
+        if isinstance(module, nn.GroupNorm) and (axis := _axis(tape, path, "weight", 0)) is not None:
+            groups, _ = tape.regroup([axis], [module.num_groups, axis.size // module.num_groups])
+            tape.bind(path, "num_groups", None, groups)
+        if isinstance(module, nn.RNNBase):
+            _bind_recurrent(tape, path, module)
+        if isinstance(module, nn.MultiheadAttention):
+            _pin_attention(tape, path, module)
 
 
 def _axis(tape: Tape, path: str, tensor: str, dim: int) -> Axis | None:
@@ -80,3 +88,21 @@ def _bind_convolution(tape: Tape, path: str, module: nn.modules.conv._ConvNd) ->
     tape.bind(path, "out_channels", None, out)
     if module.groups > 1:
         tape.bind(path, "groups", None, group)
+
+
+def _bind_recurrent(tape: Tape, path: str, module: nn.RNNBase) -> None:
+    """All layers and directions have one hidden size (and one projected size)."""
+    for name, _ in module.named_parameters(recurse=False):
+        attribute = "hidden_size"
+        if name.startswith("weight_hh") and module.proj_size:
+            attribute = "proj_size"
+        if name.startswith(("weight_hh", "weight_hr")) and (axis := _axis(tape, path, name, 1)) is not None:
+            tape.bind(path, attribute, None, axis)
+
+
+def _pin_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> None:
+    for name, parameter in module.named_parameters():
+        if name.startswith(("in_proj", "q_proj", "k_proj", "v_proj", "bias_")):
+            axis = _axis(tape, path, name, parameter.dim() - 1 if name.startswith("bias_") else 0)
+            if axis is not None:
+                pin(axis, "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads")

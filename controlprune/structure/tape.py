@@ -67,7 +67,7 @@ class TracedWork:
 
 @dataclass
 class Entry:
-    """What the tape knows of a tensor. `weight`: computed from parameters alone, the same in every forward."""
+    """What is known of a tensor. `weight`: computed from parameters alone, the same in every forward."""
 
     dims: Dims
     weight: bool = False

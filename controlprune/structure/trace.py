@@ -26,6 +26,7 @@ from . import (
     rules_spatial,
     rules_views,
 )
+from .attributes import SizeWatcher, traced_attributes
 from .rules import fresh, lookup, taint
 from .rules_elementwise import elementwise
 from .tape import Call, Tape
@@ -128,7 +129,14 @@ def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
     for tensor in input_tensors(example_inputs):
         if not tape.owned(tensor):
             tape.set(tensor, fresh(tensor.shape, "an input of the model"), weight=False)
-    with torch.no_grad(), reference_kernels(tape.model), module_names(tape), Recorder(tape):
+    with (
+        torch.no_grad(),
+        reference_kernels(tape.model),
+        module_names(tape),
+        traced_attributes(tape.model),
+        Recorder(tape),
+        SizeWatcher(tape),
+    ):
         output = call_model(tape.model, example_inputs)
     tape.where = ""
     for tensor in output_tensors(output):

@@ -1,0 +1,269 @@
+"""Which Python integers of the model's code are sizes of which axes.
+
+During a trace every plain int that a module of the user's holds (its own attributes, tuples and lists of
+them, and those of configuration objects it refers to) is swapped for a `TracedInt`, an int that knows where
+it came from. A TorchFunctionMode sees it arrive as an argument of view, expand, split … and the resulting
+dimension tells the axis::
+
+    q.view(b, t, self.num_heads, self.head_dim)   ->  num_heads = |axis 2|,  head_dim = |axis 3|
+
+A product of two such ints (`heads * head_dim`) is traced as both. The originals are put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .axes import Axis
+from .tape import Tape
+
+__all__ = ["SizeWatcher", "TracedInt", "traced_attributes"]
+
+Key: TypeAlias = "tuple[str, str, int | None]"
+OPAQUE = (nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, str, bytes)
+DEPTH = 2  # module.config.text_config.hidden_size
+
+
+class TracedInt(int):
+    """An int that is a product of attributes: `factors` = ((key or None, value), …), outermost first."""
+
+    factors: tuple[tuple[Key | None, int], ...]
+
+    def __new__(cls, value: int, factors: tuple[tuple[Key | None, int], ...]) -> TracedInt:
+        traced = super().__new__(cls, value)
+        traced.factors = factors
+        return traced
+
+    def __mul__(self, other: object) -> Any:
+        product = int.__mul__(self, other)  # type: ignore[operator]
+        return product if product is NotImplemented else TracedInt(product, self.factors + _factors(other))
+
+    def __rmul__(self, other: object) -> Any:
+        product = int.__rmul__(self, other)  # type: ignore[operator]
+        return product if product is NotImplemented else TracedInt(product, _factors(other) + self.factors)
+
+    def __reduce__(self) -> Any:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: object) -> int:
+        return int(self)
+
+
+def _factors(value: object) -> tuple[tuple[Key | None, int], ...]:
+    return value.factors if isinstance(value, TracedInt) else ((None, int(value)),)  # type: ignore[call-overload]
+
+
+@contextmanager
+def traced_attributes(model: nn.Module) -> Iterator[None]:
+    """Swap the ints of the model's own code for traced ones, and back."""
+    swapped: list[tuple[dict[str, Any], str, object]] = []
+    seen: set[int] = set()
+    try:
+        for path, module in model.named_modules():
+            if not type(module).__module__.startswith("torch.nn."):
+                _swap(vars(module), path, "", DEPTH, swapped, seen)
+        yield
+    finally:
+        for holder, name, value in swapped:
+            holder[name] = value
+
+
+def _swap(
+    holder: dict[str, Any],
+    module: str,
+    prefix: str,
+    depth: int,
+    swapped: list[tuple[dict[str, Any], str, object]],
+    seen: set[int],
+) -> None:
+    if id(holder) in seen:
+        return
+    seen.add(id(holder))
+    for name, value in list(holder.items()):
+        path = prefix + name
+        if type(value) is int and value > 1:
+            traced: object = TracedInt(value, (((module, path, None), value),))
+        elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
+            traced = type(value)(TracedInt(v, (((module, path, i), v),)) for i, v in enumerate(value))
+        else:
+            if depth and hasattr(value, "__dict__") and not isinstance(value, OPAQUE):
+                _swap(vars(value), module, path + ".", depth - 1, swapped, seen)
+            continue
+        swapped.append((holder, name, value))
+        holder[name] = traced
+
+
+class SizeWatcher(TorchFunctionMode):
+    """Binds each traced int that arrives as a size to the axis it is the size of."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _has_traced((args, tuple(kwargs.values()))):
+            return func(*args, **kwargs)
+        result = func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
+        watch = WATCHED.get(getattr(func, "__name__", ""))
+        if watch is not None:
+            for traced, axis in watch(self.tape, args, kwargs, result):
+                if isinstance(traced, TracedInt) and int(traced) == axis.size:
+                    self._bind(traced, axis)
+        return result
+
+    def _bind(self, traced: TracedInt, axis: Axis) -> None:
+        pieces = self.tape.regroup([axis], [value for _, value in traced.factors])
+        for (key, _), piece in zip(traced.factors, pieces, strict=True):
+            if key is not None:
+                self.tape.bind(*key, piece)
+
+
+def _has_traced(value: object) -> bool:
+    if isinstance(value, TracedInt):
+        return True
+    if isinstance(value, slice):
+        return isinstance(value.start, TracedInt) or isinstance(value.stop, TracedInt)
+    return isinstance(value, (tuple, list)) and any(_has_traced(item) for item in value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TracedInt):
+        return int(value)
+    if isinstance(value, slice):
+        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
+    if type(value) in (tuple, list):
+        return type(value)(_plain(item) for item in value)
+    return value
+
+
+# --- which argument is the size of which axis ----------------------------------------------------------
+
+Sizes: TypeAlias = "list[tuple[object, Axis]]"
+Watch: TypeAlias = "Callable[[Tape, Sequence[Any], dict[str, Any], Any], Sizes]"
+
+
+def _axes(tape: Tape, tensor: Tensor) -> list[Axis]:
+    return [dim.axis for dim in tape.entry(tensor).dims]
+
+
+def _argument(
+    args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None
+) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def _sizes_given(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    rest = [arg for arg in args if not isinstance(arg, Tensor)]
+    for candidate in (*rest, kwargs.get("size"), kwargs.get("shape")):
+        if isinstance(candidate, (tuple, list)):
+            return list(candidate)
+    return rest
+
+
+def _whole_shape(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    sizes, axes = _sizes_given(args, kwargs), _axes(tape, result)
+    return list(zip(sizes, axes, strict=True)) if len(sizes) == len(axes) else []
+
+
+def _times(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    pairs = _whole_shape(tape, args, kwargs, result)
+    return [
+        (k, tape.regroup([axis], [k, axis.size // k])[0]) for k, axis in pairs if isinstance(k, TracedInt)
+    ]
+
+
+def _unflatten(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    dim, sizes = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "sizes")
+    start = dim if dim >= 0 else dim + args[0].dim()
+    return list(zip(sizes, _axes(tape, result)[start:], strict=False))
+
+
+def _split(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    sizes = (
+        args[1]
+        if len(args) > 1
+        else next(iter(kwargs[k] for k in kwargs if k.startswith("split_size")), None)
+    )
+    dim = _argument(args, kwargs, 2, "dim", 0)
+    given = sizes if isinstance(sizes, (tuple, list)) else [sizes]
+    return [(size, _axes(tape, piece)[dim]) for size, piece in zip(given, result, strict=False)]
+
+
+def _narrow(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    dim, length = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 3, "length")
+    return [(length, _axes(tape, result)[dim])]
+
+
+def _getitem(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    """x[:n] has the size n; x[n:] leaves a segment of size n."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not all(isinstance(i, (slice, int)) or i is Ellipsis or i is None for i in index):
+        return []
+    axes, used = _axes(tape, args[0]), sum(isinstance(i, (slice, int)) for i in index)
+    found: Sizes = []
+    position = 0
+    for entry in index:
+        if entry is Ellipsis:
+            position += len(axes) - used
+        elif isinstance(entry, slice):
+            for bound in (entry.start, entry.stop):
+                if isinstance(bound, TracedInt) and 0 < bound < axes[position].size:
+                    axis = axes[position]
+                    found.append((bound, tape.segment(axis, [bound, axis.size - bound])[0]))
+        if isinstance(entry, (slice, int)):
+            position += 1
+    return found
+
+
+def _repeat_interleave(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    k, dim = _argument(args, kwargs, 1, "repeats"), _argument(args, kwargs, 2, "dim")
+    if dim is None or not isinstance(k, TracedInt):
+        return []
+    axis = _axes(tape, result)[dim]
+    return [(k, tape.regroup([axis], [axis.size // k, k])[1])]
+
+
+def _group_norm(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    groups, axis = _argument(args, kwargs, 1, "num_groups"), _axes(tape, args[0])[1]
+    return [(groups, tape.regroup([axis], [groups, axis.size // groups])[0])]
+
+
+def _layer_norm(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    shape = _argument(args, kwargs, 1, "normalized_shape")
+    return list(zip(reversed(shape), reversed(_axes(tape, args[0])), strict=False))
+
+
+def _convolution(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    groups = _argument(args, kwargs, 6, "groups", 1)
+    axis = _axes(tape, _argument(args, kwargs, 1, "weight"))[0]
+    return [(groups, tape.regroup([axis], [groups, axis.size // groups])[0])]
+
+
+WATCHED: dict[str, Watch] = {
+    **dict.fromkeys(
+        ("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "new_zeros", "new_ones",
+         "new_empty", "new_full", "rand", "randn"),
+        _whole_shape,
+    ),
+    "repeat": _times,
+    "tile": _times,
+    "unflatten": _unflatten,
+    "split": _split,
+    "split_with_sizes": _split,
+    "narrow": _narrow,
+    "__getitem__": _getitem,
+    "repeat_interleave": _repeat_interleave,
+    "group_norm": _group_norm,
+    "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "conv3d": _convolution,
+}  # fmt: skip

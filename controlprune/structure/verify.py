@@ -1,0 +1,241 @@
+"""The numeric check: what the rules derived, tried on the model itself with one joint random mask.
+
+    masked:  reader slices of the units that are off are zero           y_m = f(W ⊙ mask)
+    shrunk:  every tensor index_select-ed, size attributes written      y_s = f(W[live])
+    passes:  max |y_m − y_s| ≤ tolerance · max |y_m| for every output tensor
+
+Tensors that are constant (zero biases, unit gains, layer scales of 1e-6) would hide errors and are replaced
+by random values during the check. On disagreement the guilty groups are found by bisection and refused. The
+model's own tensors come back untouched: only `.data` is exchanged, and put back whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
+from .groups import Refusal, Slice, Structure
+from .sizes import set_sizes
+from .trace import ExampleInputs, call_model, output_tensors, reference_kernels, untouched
+
+__all__ = ["verify", "without"]
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
+
+
+def verify(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, seed: int = 0) -> Structure:
+    """The structure without the groups for which masked and shrunk outputs disagree."""
+    if any(tensor.device.type == "meta" for tensor in model.parameters()):
+        return replace(structure, verified=False)
+    if not structure.groups:
+        return structure
+    check = _Check(
+        model, example_inputs, structure, _masks(structure, seed), _disturbed(model, structure, seed)
+    )
+    refused: dict[int, str] = {}
+    check.bisect([], _by_likeness(structure), refused)
+    return replace(without(structure, refused), verified=True)
+
+
+def _masks(structure: Structure, seed: int) -> list[Tensor]:
+    """Half the units of every group off, at random; one is on and one is off at least."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = []
+    for group in structure.groups:
+        mask = torch.zeros(group.size, dtype=torch.bool)
+        mask[torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)]] = True
+        masks.append(mask)
+    return masks
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _disturbed(model: nn.Module, structure: Structure, seed: int) -> dict[str, Tensor]:
+    """Values for the check: the model's own, constants with a group in them made random."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, tensor in _tensors(model).items():
+        value = tensor.detach()
+        values[name] = value
+        grouped = any(groups_in(extent) for extent in structure.tensors[name])
+        if (
+            grouped
+            and value.is_floating_point()
+            and value.numel() > 1
+            and bool((value == value.flatten()[0]).all())
+        ):
+            level = float(value.flatten()[0])
+            noise = torch.rand(value.shape, generator=generator)
+            fresh = (
+                0.2 * (noise - 0.5) if level == 0 else (noise + 0.5) * (level if abs(level) > 0.1 else 1.0)
+            )
+            values[name] = fresh.to(value)
+    return values
+
+
+def _by_likeness(structure: Structure) -> list[list[int]]:
+    """Groups whose slices look alike but for numbers in the names: they mostly fail together."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for number, group in enumerate(structure.groups):
+        key = (group.size, *(("".join(c for c in s.tensor if not c.isdigit()), s.dim) for s in group.slices))
+        found.setdefault(key, []).append(number)
+    return list(found.values())
+
+
+@dataclass
+class _Check:
+    model: nn.Module
+    example_inputs: ExampleInputs
+    structure: Structure
+    masks: list[Tensor]
+    values: dict[str, Tensor]
+    error: str = ""
+
+    def bisect(self, accepted: list[int], families: list[list[int]], refused: dict[int, str]) -> list[int]:
+        """Add to `refused` what can't be accepted along with `accepted`; returns all that can."""
+        candidates = [number for family in families for number in family]
+        if not candidates or self.passes([*accepted, *candidates]):
+            return [*accepted, *candidates]
+        if len(candidates) == 1:
+            refused[candidates[0]] = self.error
+            return accepted
+        if len(families) == 1:
+            return self._bisect_family(accepted, families[0], refused)
+        half = len(families) // 2
+        accepted = self.bisect(accepted, families[:half], refused)
+        return self.bisect(accepted, families[half:], refused)
+
+    def _bisect_family(self, accepted: list[int], family: list[int], refused: dict[int, str]) -> list[int]:
+        """The first two alone; if both fail, so do their likenesses."""
+        first, rest = family[:2], family[2:]
+        for number in first:
+            accepted = self.bisect(accepted, [[number]], refused)
+        if rest and all(number in refused for number in first):
+            refused.update(dict.fromkeys(rest, refused[first[0]]))
+            return accepted
+        half = (len(rest) + 1) // 2
+        accepted = self.bisect(accepted, [rest[:half]], refused)
+        return self.bisect(accepted, [rest[half:]], refused)
+
+    def passes(self, numbers: Sequence[int]) -> bool:
+        """Masked equals shrunk with the units of these groups off, those of the others on."""
+        masks = [mask if n in numbers else torch.ones_like(mask) for n, mask in enumerate(self.masks)]
+        masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
+        try:
+            shrunk = self._run(
+                {
+                    name: _select(value, self.structure.tensors[name], masks)
+                    for name, value in self.values.items()
+                },
+                [int(mask.sum()) for mask in masks],
+            )
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            self.error = (
+                f"the model's code fixes its size ({type(error).__name__}: {text[0] if text else ''})"
+            )
+            return False
+        self.error = DIFFERS
+        return len(masked) == len(shrunk) and all(_close(a, b) for a, b in zip(masked, shrunk, strict=True))
+
+    def _masked(self, name: str, masks: list[Tensor]) -> Tensor:
+        value = self.values[name]
+        for number, group in enumerate(self.structure.groups):
+            for entry in group.readers:
+                if entry.tensor == name and not bool(masks[number].all()):
+                    alone = [m if n == number else torch.ones_like(m) for n, m in enumerate(masks)]
+                    off = ~keep(entry.extent, alone).to(value.device)
+                    value = value.index_fill(entry.dim, off.nonzero().flatten(), 0)
+        return value
+
+    def _run(self, values: Mapping[str, Tensor], widths: list[int] | None) -> list[Tensor]:
+        with untouched(self.model), _exchanged(self.model, values), torch.no_grad():
+            try:
+                set_sizes(self.model, self.structure, widths)
+                self.model.eval()
+                torch.manual_seed(0)
+                with reference_kernels(self.model):
+                    return output_tensors(call_model(self.model, self.example_inputs))
+            finally:
+                set_sizes(self.model, self.structure, None)
+
+
+def _select(value: Tensor, extents: Sequence[Extent], masks: list[Tensor]) -> Tensor:
+    for dim, extent in enumerate(extents):
+        if groups_in(extent):
+            value = value.index_select(dim, keep(extent, masks).nonzero().flatten().to(value.device))
+    return value
+
+
+def _close(masked: Tensor, shrunk: Tensor) -> bool:
+    if masked.shape != shrunk.shape:
+        return False
+    if not (masked.is_floating_point() or masked.is_complex()):
+        return True  # decisions (argmax, counts) may flip on rounding; the floats tell
+    tolerance = TOLERANCE.get(masked.dtype, 1e-4)
+    scale = masked.abs().amax() if masked.numel() else masked.new_zeros(())
+    difference = (masked - shrunk).abs().nan_to_num(0.0, 0.0)
+    same_holes = torch.equal(masked.isnan(), shrunk.isnan())
+    return same_holes and bool((difference <= tolerance * scale.nan_to_num(1.0, 1.0)).all())
+
+
+@contextmanager
+def _exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model's tensors hold other data inside, of other shapes perhaps."""
+    own = _tensors(model)
+    before = {name: own[name].data for name in values}
+    try:
+        for name, value in values.items():
+            own[name].data = value
+        yield
+    finally:
+        for name, value in before.items():
+            own[name].data = value
+
+
+def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
+    """The structure with these groups refused: their units are fixed positions, the others renumbered."""
+    if not reasons:
+        return structure
+    numbers = {
+        old: new for new, old in enumerate(n for n in range(len(structure.groups)) if n not in reasons)
+    }
+
+    def cut(extent: Extent) -> Extent:
+        match extent:
+            case Fixed():
+                return extent
+            case Units(group, length):
+                return Units(numbers[group], length) if group in numbers else Fixed(length)
+            case Product(terms) | Concat(terms):
+                inner = tuple(cut(term) for term in terms)
+                if not any(groups_in(term) for term in inner):
+                    return Fixed(size(extent))
+                return type(extent)(inner)
+
+    def cut_slice(entry: Slice) -> Slice:
+        return replace(entry, extent=cut(entry.extent))
+
+    groups = tuple(
+        replace(group, slices=tuple(cut_slice(entry) for entry in group.slices))
+        for number, group in enumerate(structure.groups)
+        if number in numbers
+    )
+    refused = [Refusal(g.name, g.size, reasons[n]) for n, g in enumerate(structure.groups) if n in reasons]
+    attributes = tuple(replace(a, extent=cut(a.extent)) for a in structure.attributes)
+    return replace(
+        structure,
+        groups=groups,
+        refused=(*structure.refused, *refused),
+        tensors={name: tuple(cut(extent) for extent in dims) for name, dims in structure.tensors.items()},
+        attributes=tuple(a for a in attributes if groups_in(a.extent)),
+        work=tuple(replace(w, factors=tuple(cut(factor) for factor in w.factors)) for w in structure.work),
+    )
