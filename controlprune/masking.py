@@ -214,8 +214,6 @@ class Plant:
         return travelling(self.optimizer, tensor, spot.name) if spot.is_parameter else {}
 
     def _check(self) -> None:
-        if self.optimizer is not None:
-            check_optimizer(self.optimizer)
         tensors = _tensors(self.model)
         for spot in self._spots:
             if spot.name not in tensors:
@@ -225,7 +223,8 @@ class Plant:
                     f"structure: {spot.name!r} has shape {tuple(tensors[spot.name].shape)}, the analysis "
                     f"says {tuple(spot.shape)}; analyse the model as it is now"
                 )
-            self._state(spot, tensors[spot.name])
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, {s.name: tensors[s.name] for s in self._spots if s.is_parameter})
         for g, group in enumerate(self.structure.groups):
             if not any(g in reads for spot in self._spots for reads in spot.reads.values()):
                 raise ValueError(f"structure: nothing reads group {group.name!r}, so it cannot be masked")

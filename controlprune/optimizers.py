@@ -23,13 +23,22 @@ from torch.optim import Optimizer
 __all__ = ["check_optimizer", "travelling", "travelling_dims"]
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what cannot be carried whatever its state holds."""
+def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse, by name, an optimizer whose state could not follow the dense `parameters`.
+
+    State that is smaller than its parameter may come from a compact checkpoint whose masks are about to
+    be loaded: it passes here, and is refused by `travelling` if they are not.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
             "optimizer: LBFGS keeps flattened histories over all parameters, which cannot follow units that "
             "leave and return; use a per-parameter optimizer such as SGD, Adam or AdamW"
         )
+    for name, parameter in parameters.items():
+        entries: Mapping[str, object] = optimizer.state.get(parameter, {})
+        for key, value in entries.items():
+            if not (isinstance(value, Tensor) and _fits_inside(value, parameter)):
+                _travels(optimizer, parameter, name, key, value)
 
 
 def travelling(optimizer: Optimizer | None, parameter: Tensor, name: str) -> dict[str, Tensor]:
@@ -37,17 +46,11 @@ def travelling(optimizer: Optimizer | None, parameter: Tensor, name: str) -> dic
     if optimizer is None or parameter not in optimizer.state:
         return {}
     entries: Mapping[str, object] = optimizer.state[parameter]
-    tensors = {}
-    for key, value in entries.items():
-        where = f"optimizer: {type(optimizer).__name__} state {key!r} of parameter {name!r}"
-        if isinstance(value, Tensor):
-            if travelling_dims(value, parameter, where):
-                tensors[key] = value
-        elif isinstance(value, (list, tuple, dict)) and _holds_tensor(value):
-            raise ValueError(
-                f"{where} is a {type(value).__name__} of tensors; only plain tensors can be carried"
-            )
-    return tensors
+    return {
+        key: value
+        for key, value in entries.items()
+        if _travels(optimizer, parameter, name, key, value) and isinstance(value, Tensor)
+    }
 
 
 def travelling_dims(state: Tensor, parameter: Tensor, where: str) -> tuple[int, ...]:
@@ -62,6 +65,26 @@ def travelling_dims(state: Tensor, parameter: Tensor, where: str) -> tuple[int, 
         f"{where} has shape {tuple(state.shape)}, which does not follow the parameter's "
         f"{tuple(parameter.shape)}; only state of the parameter's own shape (or 1 in some dimensions) "
         "can be carried: use another optimizer"
+    )
+
+
+def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value: object) -> bool:
+    where = f"optimizer: {type(optimizer).__name__} state {key!r} of parameter {name!r}"
+    if isinstance(value, Tensor):
+        travels = bool(travelling_dims(value, parameter, where))
+        if travels and value.device != parameter.device:
+            raise ValueError(
+                f"{where} is on {value.device}, the parameter on {parameter.device}; move it there"
+            )
+        return travels
+    if isinstance(value, (list, tuple, dict)) and _holds_tensor(value):
+        raise ValueError(f"{where} is a {type(value).__name__} of tensors; only plain tensors can be carried")
+    return False
+
+
+def _fits_inside(state: Tensor, parameter: Tensor) -> bool:
+    return state.ndim == parameter.ndim and all(
+        s <= p for s, p in zip(state.shape, parameter.shape, strict=True)
     )
 
 

@@ -6,7 +6,7 @@ Nothing here shares code with `controlprune.masking` or `controlprune.shrink`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ def small_optimizer(
         {**group, "params": [small_parameters[names[id(p)]] for p in group["params"]]}
         for group in optimizer.param_groups
     ]
-    fresh = type(optimizer)(groups)
+    make: Callable = type(optimizer)
+    fresh = make(groups)
     for parameter, entries in optimizer.state.items():
         name = names[id(parameter)]
         fresh.state[small_parameters[name]] = {
@@ -65,6 +66,62 @@ def small_optimizer(
             for key, value in entries.items()
         }
     return fresh
+
+
+def write_back(dense: Tensor, part: Tensor, extents: Sequence, masks: Sequence[Tensor]) -> None:
+    """Write the live entries over those of a dense tensor, one index per dimension."""
+    index = [
+        keep(extent, masks).nonzero().flatten()
+        if dense.shape[d] == size(extent)
+        else torch.arange(dense.shape[d])
+        for d, extent in enumerate(extents)
+    ]
+    if index:
+        grid = torch.meshgrid(*index, indexing="ij")
+        dense[grid] = part
+    else:
+        dense.copy_(part)
+
+
+class Truth:
+    """A dense model and optimizer; small ones are cut from it, trained elsewhere and written back."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, structure: Structure) -> None:
+        self.model, self.optimizer, self.structure = model, optimizer, structure
+
+    def cut(self, masks: Sequence[Tensor]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        small = small_copy(self.model, self.structure, masks)
+        return small, small_optimizer(self.optimizer, self.model, small, self.structure, masks)
+
+    @torch.no_grad()
+    def absorb(self, small: nn.Module, optimizer: torch.optim.Optimizer, masks: Sequence[Tensor]) -> None:
+        dense_tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        small_tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+        for name, extents in self.structure.tensors.items():
+            write_back(dense_tensors[name], small_tensors[name], extents, masks)
+        for name, p in small.named_parameters():
+            for key, value in optimizer.state.get(p, {}).items():
+                entries = self.optimizer.state[dense_tensors[name]]
+                if isinstance(value, Tensor) and value.ndim == p.ndim:
+                    shape = [
+                        size(e) if n == m else n
+                        for e, n, m in zip(self.structure.tensors[name], value.shape, p.shape, strict=True)
+                    ]
+                    entries.setdefault(key, torch.zeros(shape, dtype=value.dtype))
+                    write_back(entries[key], value, self.structure.tensors[name], masks)
+                else:
+                    entries[key] = copy.deepcopy(value)
+
+    @torch.no_grad()
+    def take_buffers(self, model: nn.Module, masks: Sequence[Tensor]) -> None:
+        """Buffers of dormant units as `model` (dense shapes) has them."""
+        mine = dict(self.model.named_buffers())
+        for name, buffer in model.named_buffers():
+            extents = self.structure.tensors[name]
+            if extents:
+                live = cut(mine[name], extents, masks)
+                mine[name].copy_(buffer)
+                write_back(mine[name], live, extents, masks)
 
 
 class Mlp(nn.Module):
