@@ -88,7 +88,7 @@ class Plan:
         return progress >= self.latest or (progress >= self.earliest and settled)
 
     def _descend(self, level: float, passed: float, health: float) -> float:
-        if self.duration == 0:
+        if health * passed >= self.duration:  # the whole way at once
             return 0.0 if health > 0 else level
         return max(0.0, level - health * passed / self.duration)
 

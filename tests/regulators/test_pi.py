@@ -125,7 +125,7 @@ def test_bad_settings(arguments) -> None:
 class Net:
     """The real solver as the plant: price (loss per dense use) -> fraction of dense FLOPs."""
 
-    def __init__(self, seed: int = 0, sizes: tuple[int, ...] = (60, 80)) -> None:
+    def __init__(self, seed: int = 0, sizes: tuple[int, ...] = (40, 50)) -> None:
         rng = np.random.default_rng(seed)
         dims = [Fixed(16), *(Units(g, n) for g, n in enumerate(sizes)), Fixed(10)]
         self.cost = Polynomial.of([(2.0, pair) for pair in itertools.pairwise(dims)], len(sizes))
