@@ -1,8 +1,9 @@
-"""The search over widths behind `tradeoff.solve`: greedy steps, swaps, a window enumerated, finer steps.
+"""The search over widths behind `tradeoff.solve`: balance, greedy steps, swaps, a window, finer steps.
 
-State is a rung per group. A move of group g from rung i to i ± 1 changes u units, the worth by ΔV and the
-resources by ΔC_k, always evaluated at the present widths. With ΔN = ΔV − λ·ΔC:
+State is a rung of allowed widths per group. A move of group g from rung i to i ± 1 changes u units, the
+worth by ΔV and the resources by ΔC_k, evaluated at the present widths. With ΔN = ΔV − λ·ΔC:
 
+- balance: rungs with ΔN per weighed ΔC ≥ t in every group, t bisected; ΔC re-evaluated a few times.
 - down, while a limit is exceeded: smallest ΔN per Σ_k ΔC_k / excess_k (over exceeded limits) first;
   without an exceeded limit, while ΔN < 0.
 - up, while something fits: largest ΔN ≥ 0 per Σ_k ΔC_k / slack_k first.
@@ -12,9 +13,8 @@ resources by ΔC_k, always evaluated at the present widths. With ΔN = ΔV − �
 - window: all width vectors within ± w rungs in a few groups, best by (lands within `tolerance` of a
   limit, objective).
 
-While far from the limit a round takes a block of moves (an eighth of what is missing, at most 8 rungs a
-group), so that hundreds of groups need tens of rounds; near the limit it takes one. V is concave and
-rungs are evenly spaced, so a block takes a prefix of each group's rungs.
+While far from the limit a round of down or up takes a block of moves (an eighth of what is missing, at
+most 8 rungs a group), near it one. V is concave, so a block takes a prefix of each group's rungs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOOKAHEAD = 8  # rungs of a group one round may take
 SHARE = 1 / 8  # of the excess or slack one round may take
 CANDIDATES = 32  # moves of each direction that are paired in a swap
 WINDOW = 8192  # width vectors enumerated at once (fewer where the polynomials are long)
-FEW = 32  # groups up to which the search also starts from the floor
+ROUNDS = 6  # evaluations of the costs in `balance`
 WORK = 1_000_000  # width vectors × terms evaluated in one window
 
 
@@ -156,6 +156,50 @@ def _block(score: Array, burden: Array, possible: NDArray[np.bool_]) -> Rungs:
     ranked = flat[np.argsort(score.ravel()[flat], kind="stable")]
     count = max(1, int(np.searchsorted(np.cumsum(burden.ravel()[ranked]), SHARE, side="right")))
     return np.bincount(ranked[:count] // score.shape[1], minlength=len(score)).astype(np.int64)
+
+
+def balance(space: Search) -> Rungs:
+    """Near the best state, from the first-order condition alone: ΔV per unit ≥ t c_g in every group.
+
+    c_g weighs the resources by how much of their limits they use; t is bisected until the limits hold,
+    then c is evaluated at the widths found (damped: geometric mean), a few times.
+    """
+    step = np.maximum(np.diff(space.rungs, prepend=0), 1)
+    density = np.diff(space.worth, prepend=0.0) / step
+    density[space.bottom] = np.inf
+    group = np.repeat(np.arange(len(space.top)), np.diff(space.start))
+    limited = np.isfinite(space.limits)
+    ones = np.ones(len(space.top))
+    at, last = space.top, None
+    for _ in range(ROUNDS):
+        unit = np.stack([cost.marginals(space.rungs[at], ones) for cost in space.costs])
+        unit = unit if last is None else np.sqrt(unit * last)
+        last = unit
+        net = density - (space.prices @ unit)[group]
+        share = space.resources(at)[limited] / np.maximum(space.limits[limited], 1e-300)
+        weight = share**4 / np.maximum(space.limits[limited], 1e-300)
+        burden = weight / max(weight.sum(), 1e-300) @ unit[limited] if limited.any() else ones
+        score = net / np.maximum(burden, 1e-300)[group]
+        at = _threshold(space, np.where(net < 0, -np.inf, score))
+    return at
+
+
+def _threshold(space: Search, score: Array) -> Rungs:
+    """The state of all rungs with score ≥ t, for the least t ≥ 0 that meets every limit."""
+
+    def state(t: float) -> Rungs:
+        return space.bottom + np.add.reduceat(score >= t, space.start[:-1], dtype=np.int64) - 1
+
+    everything = state(0.0)
+    if (space.resources(everything) <= space.limits).all():
+        return everything
+    ladder = np.unique(score[np.isfinite(score)])
+    low, high = 0, len(ladder)  # state(ladder[low]) does not meet the limits; state(ladder[high]) does
+    while high - low > 1:
+        middle = (low + high) // 2
+        meets = (space.resources(state(ladder[middle])) <= space.limits).all()
+        low, high = (low, middle) if meets else (middle, high)
+    return state(ladder[high]) if high < len(ladder) else space.bottom
 
 
 def down(space: Search, at: Rungs) -> Rungs:
@@ -286,14 +330,12 @@ def polish(space: Search, at: Rungs) -> Rungs:
 def search(space: Search, current: Rungs, coarsest: int) -> tuple[Search, Rungs]:
     """The best state found, and the search space with the rungs that were added on the way."""
     if np.log(space.top - space.bottom + 1).sum() <= np.log(WINDOW):
-        starts = [space.bottom]
+        at = window(space, space.bottom)  # all of the space
     else:
-        starts = [down(space, space.top)]
+        starts = [balance(space)]
         if (current < space.rungs[space.top]).any():
             starts.append(down(space, space.nearest(current)))
-        if len(space.top) <= FEW:
-            starts.append(space.bottom)
-    at = max((polish(space, start) for start in starts), key=space.rank)
+        at = max((polish(space, start) for start in starts), key=space.rank)
     step = coarsest // 2
     while step >= 1 and not space.landed(space.resources(at)):
         widths = space.rungs[at]

@@ -10,11 +10,10 @@ limit is filled. An active unit's value counts (1 + hysteresis) times; a held un
 holds give way where they leave no feasible widths.
 
 Costs are multilinear, so units are not independent: every move is judged by the cost at the widths where
-it is made. The search takes width steps greedily by value per cost, from three sides (down from dense, up
-from the floor, from the current widths), then swaps (some groups up, another down), then enumerates a
-window of widths around the best result: the whole problem if it is small (≤ 8192 width vectors), which
-is then exact. If coarse steps end more than `tolerance` of dense under the limit, single groups take
-finer steps (half, quarter, …, 1) at the end.
+it is made. The search (search.py) solves the first-order condition, then takes width steps greedily by
+value per cost, swaps (one group up, another down), and enumerates a window of widths around the best
+result: the whole problem if it is small (≤ 8192 width vectors), which is then exact. If coarse steps end
+more than `tolerance` of dense under the limit, single groups take finer steps (half, quarter, …, 1).
 
 The shadow price of a binding limit is the loss per unit of the resource at the margin, from the values
 and costs of the moves next to the solution.
