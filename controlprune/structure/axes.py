@@ -26,6 +26,8 @@ __all__ = ["Axis", "Misfit", "concat", "leaves", "pin", "product", "regroup", "s
 
 MISFIT = "a reshape, split or shuffle cuts its units in two ways that do not fit together"
 
+MOST_COPIES = 64  # a product cut at uneven places is written out as copies of its inner axis, up to here
+
 
 class Misfit(Exception):
     """The axis can't be cut at the positions asked for."""
@@ -173,10 +175,13 @@ def segment(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     if axis.factors:
         outer, *rest = _factors(axis)
         inner = product(rest)
-        if any(size % inner.size for size in sizes):
+        if all(size % inner.size == 0 for size in sizes):
+            pieces = segment(outer, [size // inner.size for size in sizes])
+            return [product([piece, inner]) for piece in pieces]
+        if outer.size > MOST_COPIES:
             raise Misfit
-        pieces = segment(outer, [size // inner.size for size in sizes])
-        return [product([piece, inner]) for piece in pieces]
+        pin(outer, MISFIT)
+        axis.factors, axis.parts = (), (inner,) * outer.size
     if not axis.parts:
         pieces = [Axis(size, axis.reason) for size in sizes]
         axis.parts = tuple(piece for piece in pieces if piece.size)

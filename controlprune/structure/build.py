@@ -156,15 +156,23 @@ def _structure(
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
     return Structure(
-        tuple(groups), _refusals(places, read), tensors, parameters, attributes, work, dict(tape.aliases)
+        tuple(groups),
+        _refusals(places, read, parameters),
+        tensors,
+        parameters,
+        attributes,
+        work,
+        dict(tape.aliases),
     )
 
 
-def _refusals(places: dict[Axis, list[Source]], read: dict[Axis, set[Source]]) -> tuple[Refusal, ...]:
+def _refusals(
+    places: dict[Axis, list[Source]], read: dict[Axis, set[Source]], parameters: frozenset[str]
+) -> tuple[Refusal, ...]:
     """One line for each pinned axis that parameters compute; one tensor dimension is told once per reason."""
     found: dict[tuple[str, str, int], None] = {}
     for leaf, where in places.items():
-        producers = [name for name, d in where if (name, d) not in read.get(leaf, ())]
+        producers = [name for name, d in where if name in parameters and (name, d) not in read.get(leaf, ())]
         if leaf.reason and producers:
             found[(_owner(producers[0]), leaf.reason, leaf.size)] = None
     return tuple(Refusal(name, size, reason) for name, reason, size in found)

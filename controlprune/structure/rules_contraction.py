@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 
 from .axes import Axis
-from .rules import fresh, rule
+from .rules import fresh, rule, taint
+from .rules_elementwise import elementwise
 from .tape import Call, Dim, Dims, Tape
 
 MIXED = "a window slides over its positions (convolution, pooling)"
@@ -172,3 +173,59 @@ def attention(tape: Tape, call: Call) -> list[Dims]:
 
 def _padded(dims: Dims, ndim: int) -> Dims:
     return [Dim(Axis(1))] * (ndim - len(dims)) + dims
+
+
+@rule("_grouped_mm")
+def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
+    """out[t, m] = Σ_k x[t, k] w[expert of t, k, m]; torch counts no FLOPs for it."""
+    left, right = call.dims("self"), call.dims("mat2")
+    if len(right) != 3:
+        return taint(tape, call)
+    (*lead, n, k), (expert, k2, m) = left, right
+    tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
+    tape.pin(expert.axis, "experts are picked by index")
+    tape.pin_dims(lead, "experts are picked by index")
+    return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(tape, *lead, n, m))]
+
+
+@rule("_cdist_forward")
+def cdist(tape: Tape, call: Call) -> list[Dims]:
+    (*batch, n, k), (*_, m, k2) = call.dims("x1"), call.dims("x2")
+    tape.pin(tape.unify(k.axis, k2.axis), "distances are summed over it")
+    return [[dim.plain for dim in (*batch, n, m)]]
+
+
+@rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+def recurrent_cell(tape: Tape, call: Call) -> list[Dims]:
+    """Fused cells (CUDA): gates are several times the hidden axis, one after the other."""
+    state = call.dims("cx" if "cx" in call.arguments else "hx")
+    hidden = state[-1].axis
+    for name in ("input_gates", "hidden_gates", "input_bias", "hidden_bias"):
+        if call.has(name):
+            gates = call.dims(name)[-1].axis
+            tape.unify(hidden, *tape.segment(gates, [hidden.size] * (gates.size // hidden.size)))
+    return [[dim.plain for dim in state] for output in call.outputs if output.shape[-1] == hidden.size]
+
+
+@rule("linalg_solve_triangular", "_linalg_solve_ex", "linalg_inv_ex", "linalg_cholesky_ex", "linalg_qr",
+      "_linalg_svd", "_linalg_eigh", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_lu_solve",
+      "linalg_matrix_exp", "triangular_solve", "linalg_eig", "linalg_pinv", "linalg_lstsq", "cholesky_inverse",
+      "cholesky_solve", "linalg_lu")  # fmt: skip
+def linear_algebra(tape: Tape, call: Call) -> list[Dims]:
+    """Matrices in the last two dimensions are solved or factored as a whole; the batch is carried."""
+    entries = [entry.dims for entry in call.entries.values()]
+    lead = max((dims[:-2] for dims in entries), key=len)
+    for dims in entries:
+        tape.pin_dims(dims[-2:], "a matrix is solved or factored as a whole")
+        for mine, its in zip(reversed(lead), reversed(dims[:-2]), strict=False):
+            if mine.size == its.size:
+                tape.unify(mine.axis, its.axis)
+    plain = [dim.plain for dim in lead]
+    return [[*plain, *fresh(output.shape[len(plain) :])] for output in call.outputs]
+
+
+@rule("linalg_cross")
+def cross(tape: Tape, call: Call) -> list[Dims]:
+    tape.pin(call.dims("self")[call.integer("dim")].axis, "a cross product runs over it")
+    tape.pin(call.dims("other")[call.integer("dim")].axis, "a cross product runs over it")
+    return elementwise(tape, call)

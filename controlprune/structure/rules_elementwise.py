@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .rules import rule
+from .axes import Axis
+from .rules import fresh, rule
 from .tape import Call, Dim, Dims, Entry, Tape
 
 __all__ = ["elementwise"]
@@ -37,7 +38,6 @@ KEEP_ZERO = frozenset(
         "contiguous",
         "hardtanh",
         "sin",
-        "view_as_real",
         "_conj",
         "conj_physical",
         "copy",
@@ -73,12 +73,10 @@ def elementwise(tape: Tape, call: Call) -> list[Dims]:
         if not sources:
             tape.keep(present)
         out.append(Dim(axis, sources))
-    return [list(out) for _ in call.outputs]
+    return [list(out) if output.shape == shape else fresh(output.shape) for output in call.outputs]
 
 
 def _new(size: int) -> Dim:
-    from .axes import Axis
-
     return Dim(Axis(size))
 
 
@@ -98,9 +96,10 @@ def _sources(call: Call, column: list[Dim | None]) -> frozenset[tuple[str, int]]
     return present[0] if name in KEEP_ZERO and len(column) == 1 else frozenset()
 
 
-@rule("native_dropout", "bernoulli", "clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous")
+@rule("hardswish", "_prelu_kernel", "log_sigmoid_forward", "rrelu_with_noise", "complex", "polar", "clone",
+      "native_dropout", "bernoulli", "_to_copy", "detach", "alias", "lift_fresh", "contiguous")  # fmt: skip
 def same(tape: Tape, call: Call) -> list[Dims]:
-    """Copies, casts and dropout."""
+    """Copies, casts, dropout, and what torch does not tag as pointwise."""
     return elementwise(tape, call)
 
 
@@ -122,16 +121,21 @@ def copy(tape: Tape, call: Call) -> list[Dims]:
       "new_empty_strided", "scalar_tensor")  # fmt: skip
 def uniform(tape: Tape, call: Call) -> list[Dims]:
     """A constant without positions: free to take the shape of what it meets (the check will tell)."""
-    from .axes import Axis
-
     return [[Dim(Axis(size)) for size in call.shape]]
+
+
+@rule("glu")
+def glu(tape: Tape, call: Call) -> list[Dims]:
+    """a·σ(b) of the two halves."""
+    dims = [dim.plain for dim in call.dims("self")]
+    d = call.integer("dim") % len(dims)
+    first, second = tape.segment(dims[d].axis, [dims[d].size // 2] * 2)
+    return [[*dims[:d], Dim(tape.unify(first, second)), *dims[d + 1 :]]]
 
 
 @rule("arange", "rand", "randn", "randint", "randperm", "eye", "linspace", "tril_indices", "triu_indices",
       "hann_window", "logspace")  # fmt: skip
 def constant(tape: Tape, call: Call) -> list[Dims]:
     """A constant whose entries differ by position: its length is part of the model's code."""
-    from .axes import Axis
-
     reason = "it meets a constant that the model's forward makes at this length"
     return [[Dim(Axis(size, reason)) for size in call.shape]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .axes import Axis
+from .axes import Axis, product
 from .rules import fresh, rule
 from .tape import Call, Dim, Dims, Tape
 
@@ -41,8 +41,6 @@ def index_select(tape: Tape, call: Call) -> list[Dims]:
         return [dims]
     repeats = _repeats(index, dims[d].size)
     if repeats:
-        from .axes import product
-
         dims[d] = Dim(product([dims[d].axis, Axis(repeats)]))
         return [dims]
     tape.pin(dims[d].axis, PICKED)
@@ -106,9 +104,36 @@ def _broadcast(tape: Tape, found: list[Dims | None], shape: tuple[int, ...]) -> 
 
 @rule("index", "_unsafe_index")
 def index(tape: Tape, call: Call) -> list[Dims]:
+    segment = _constant_segment(tape, call)
+    if segment is not None:
+        return [segment]
     out, gone = _index_layout(tape, call)
     tape.pin_dims(gone, PICKED)
     return [out]
+
+
+def _constant_segment(tape: Tape, call: Call) -> Dims | None:
+    """x[:, [3, 4, 5]], a constant run of positions, is a segment; None where it is something else."""
+    dims = [dim.plain for dim in call.dims("self")]
+    given = [(d, i) for d, i in enumerate(call.arguments["indices"]) if i is not None]  # type: ignore[arg-type]
+    if len(given) != 1:
+        return None
+    d, index = given[0]
+    constant = call.entries[id(index)].weight and index.device.type != "meta" and index.dim() == 1
+    if not constant or index.dtype in (torch.bool, torch.uint8) or not index.numel():
+        return None
+    positions = index % dims[d].size
+    start, length = int(positions[0]), len(positions)
+    if not torch.equal(positions, torch.arange(start, start + length, device=index.device).to(index.dtype)):
+        return None
+    piece = tape.segment(dims[d].axis, [start, length, dims[d].size - start - length])[1]
+    return [*dims[:d], Dim(piece), *dims[d + 1 :]]
+
+
+@rule("repeat_interleave")
+def repeat_interleave(tape: Tape, call: Call) -> list[Dims]:
+    """(repeats) -> index; index_select looks at its values."""
+    return [fresh(call.shape)]
 
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")

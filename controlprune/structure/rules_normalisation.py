@@ -3,13 +3,13 @@
 BatchNorm   statistics per channel            channels free, batch and space pinned
 GroupNorm   statistics per (example, group)   channels are (group, member): members pinned, groups free
 LayerNorm   statistics over the last dims     those dims pinned
-weight_norm w = g·v/‖v‖ over all dims but one that one free, the others pinned
+weight_norm w = g·v/‖v‖ over all dims but one zeroed columns add nothing to ‖v‖: read exactly
 """
 
 from __future__ import annotations
 
 from .rules import rule
-from .tape import Call, Dim, Dims, Tape
+from .tape import Call, Dim, Dims, Read, Tape
 
 NORM = "a norm takes statistics over it"
 
@@ -68,9 +68,12 @@ def group_norm(tape: Tape, call: Call) -> list[Dims]:
 @rule("_weight_norm_interface")
 def weight_norm(tape: Tape, call: Call) -> list[Dims]:
     dims, scale, free = call.dims("v"), call.dims("g"), call.integer("dim")
+    out = list(dims)
     for d, dim in enumerate(dims):
         if d == free:
-            tape.unify(dim.axis, scale[d].axis)
+            out[d] = Dim(tape.unify(dim.axis, scale[d].axis), dim.sources | scale[d].sources)
+        elif dim.sources:
+            tape.reads.append(Read(dim.axis, dim.sources))
         else:
             tape.pin(dim.axis, "weight_norm takes a norm over it")
-    return [[dim.plain for dim in dims]]
+    return [out]

@@ -6,6 +6,8 @@ every other reduction or scan     the axis is pinned
 
 from __future__ import annotations
 
+import math
+
 from .axes import Axis
 from .rules import fresh, rule
 from .tape import Call, Dim, Dims, Read, Tape
@@ -31,24 +33,28 @@ def reduced(tape: Tape, call: Call, reason: str) -> Dims:
     return [Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]
 
 
-@rule("sum")
+@rule("sum", "linalg_vector_norm", "norm")
 def sum_(tape: Tape, call: Call) -> list[Dims]:
+    """A sum, or a p-norm: zeroed entries add nothing, so parameters are read exactly through it."""
     old = call.dims("self")
-    for d in _dims_of(call, len(old)):
-        if old and old[d].sources:
-            tape.reads.append(Read(old[d].axis, old[d].sources))
-            old = [*old[:d], old[d], *old[d + 1 :]]
-    free = {d for d in _dims_of(call, len(old)) if old and old[d].sources}
     keepdim = bool(call.arguments.get("keepdim", False))
     gone = _dims_of(call, len(old))
-    for d in gone:
-        if old and d not in free:
+    for d in gone if old else ():
+        if old[d].sources and not math.isinf(_order(call)) and _order(call) > 0:
+            tape.reads.append(Read(old[d].axis, old[d].sources))
+        else:
             tape.pin(old[d].axis, "its units are summed")
     return [[Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]]
 
 
+def _order(call: Call) -> float:
+    """The p of a norm (2 where it is not given); a sum counts as 1."""
+    order = call.arguments.get("ord", call.arguments.get("p", 1))
+    return float(order) if isinstance(order, (int, float)) else 2.0
+
+
 @rule("mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "var", "std",
-      "var_mean", "std_mean", "norm", "linalg_vector_norm", "median", "nanmedian", "aminmax", "nansum", "mode",
+      "var_mean", "std_mean", "median", "nanmedian", "aminmax", "nansum", "mode",
       "count_nonzero", "_unique2", "kthvalue")  # fmt: skip
 def reduction(tape: Tape, call: Call) -> list[Dims]:
     if call.has("other"):  # max(a, b) is element by element

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .axes import Axis, product
 from .rules import fresh, rule
 from .rules_contraction import MIXED
 from .tape import Call, Dim, Dims, Tape
@@ -37,6 +38,51 @@ def space_3d(tape: Tape, call: Call) -> list[Dims]:
     return _space(tape, call, 3)
 
 
+@rule("im2col")
+def im2col(tape: Tape, call: Call) -> list[Dims]:
+    """(channel, window position) at every place of the window."""
+    *lead, channels, height, width = call.dims("self")
+    tape.pin_dims([height, width], MIXED)
+    window = Axis(call.shape[-2] // channels.size, "")
+    return [[*lead, Dim(product([channels.axis, window]), channels.sources), *fresh(call.shape[-1:])]]
+
+
+@rule("col2im")
+def col2im(tape: Tape, call: Call) -> list[Dims]:
+    """Sums windows back into places: (channel, window position) -> channel."""
+    *lead, columns, places = call.dims("self")
+    channels, window = tape.regroup([columns.axis], [call.shape[-3], columns.size // call.shape[-3]])
+    tape.pin(window, MIXED)
+    tape.pin(places.axis, MIXED)
+    return [[*lead, Dim(channels), *fresh(call.shape[-2:])]]
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(tape: Tape, call: Call) -> list[Dims]:
+    batch, channels, *space = call.dims("input")
+    batch_of_grid, *rest = call.dims("grid")
+    tape.unify(batch.axis, batch_of_grid.axis)
+    tape.pin_dims([*space, *rest], MIXED)
+    return [[batch.plain, channels.plain, *fresh(call.shape[2:])]]
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(tape: Tape, call: Call) -> list[Dims]:
+    ndim = 2 if "2d" in call.name else 3
+    for mine, its in zip(call.dims("self"), call.dims("indices"), strict=True):
+        tape.unify(mine.axis, its.axis)
+    return _space(tape, call, ndim)
+
+
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def fourier(tape: Tape, call: Call) -> list[Dims]:
+    dims = [dim.plain for dim in call.dims("self")]
+    for d in call.integers("dim"):
+        tape.pin(dims[d].axis, "a Fourier transform runs along it")
+        dims[d] = fresh([call.shape[d]])[0]
+    return [dims]
+
+
 @rule("pixel_shuffle")
 def pixel_shuffle(tape: Tape, call: Call) -> list[Dims]:
     """(channel, r, r) at one place become r × r places."""
@@ -50,8 +96,6 @@ def pixel_shuffle(tape: Tape, call: Call) -> list[Dims]:
 
 @rule("pixel_unshuffle")
 def pixel_unshuffle(tape: Tape, call: Call) -> list[Dims]:
-    from .axes import Axis, product
-
     *lead, channels, height, width = call.dims("self")
     r = call.integer("downscale_factor")
     tape.pin_dims([height, width], MIXED)
@@ -61,8 +105,6 @@ def pixel_unshuffle(tape: Tape, call: Call) -> list[Dims]:
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(tape: Tape, call: Call) -> list[Dims]:
     """(group, member) -> (member, group)."""
-    from .axes import product
-
     batch, channels, *space = call.dims("self")
     groups = call.integer("groups")
     group, member = tape.regroup([channels.axis], [groups, channels.size // groups])

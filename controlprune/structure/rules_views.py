@@ -123,7 +123,9 @@ def slice_(tape: Tape, call: Call) -> list[Dims]:
     start, stop, step = slice(call.arguments["start"], call.arguments["end"], call.integer("step")).indices(
         dim.size
     )
-    if step == 1 and length:
+    if length == 0:
+        axis = Axis(0)
+    elif step == 1:
         axis = tape.segment(dim.axis, [start, length, dim.size - start - length])[1]
     elif dim.size % step == 0 and length == dim.size // step:
         axis, inner = tape.regroup([dim.axis], [length, step])
@@ -137,9 +139,10 @@ def slice_(tape: Tape, call: Call) -> list[Dims]:
 
 @rule("select", "select_copy")
 def select(tape: Tape, call: Call) -> list[Dims]:
+    """One position of the dimension: pinned once the result is used (`w[0].numel()` uses nothing)."""
     dims = list(call.dims("self"))
     gone = dims.pop(_at(call.integer("dim"), len(dims)))
-    tape.pin(gone.axis, PICKED)
+    call.pending.append((gone.axis, PICKED))
     return [dims]
 
 
@@ -218,8 +221,23 @@ def shuffle(tape: Tape, call: Call) -> list[Dims]:
     return [dims]
 
 
-@rule("diagonal", "diagonal_copy", "as_strided", "diag_embed", "diag")
-def strided(tape: Tape, call: Call) -> list[Dims]:
-    from .rules import taint
+@rule("view_as_complex")
+def view_as_complex(tape: Tape, call: Call) -> list[Dims]:
+    *dims, pair = call.dims("self")
+    tape.pin(pair.axis, "")
+    return [dims]
 
-    return taint(tape, call)
+
+@rule("view_as_real")
+def view_as_real(tape: Tape, call: Call) -> list[Dims]:
+    return [[*call.dims("self"), *fresh([2])]]
+
+
+@rule("unfold", "unfold_copy")
+def unfold(tape: Tape, call: Call) -> list[Dims]:
+    """Windows along one dimension, their positions in a new last one."""
+    dims = list(call.dims("self"))
+    d = _at(call.integer("dimension"), len(dims))
+    tape.pin(dims[d].axis, "a window slides over its positions (unfold)")
+    dims[d] = fresh(call.shape[d : d + 1])[0]
+    return [[*dims, *fresh(call.shape[-1:])]]

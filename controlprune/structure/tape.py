@@ -71,6 +71,7 @@ class Entry:
 
     dims: Dims
     weight: bool = False
+    pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once the tensor is used
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Call:
     arguments: dict[str, object]
     outputs: list[Tensor]
     entries: dict[int, Entry]  # id(tensor argument) -> entry
+    pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once an output is used
 
     def dims(self, argument: str) -> Dims:
         return self.entries[id(self.arguments[argument])].dims
@@ -152,6 +154,8 @@ class Tape:
         """What is known of the tensor; one never seen before is a constant of the model's code."""
         known = self._entries.get(tensor)
         if known is not None and len(known.dims) == tensor.dim():
+            while known.pending:
+                self.pin(*known.pending.pop())
             return known
         name = self._views.get(key) if (key := _view_key(tensor)) is not None else None
         if name is not None:
@@ -161,9 +165,9 @@ class Tape:
         self._entries[tensor] = entry
         return entry
 
-    def set(self, tensor: Tensor, dims: Dims, weight: bool) -> None:
+    def set(self, tensor: Tensor, dims: Dims, weight: bool, pending: Iterable[tuple[Axis, str]] = ()) -> None:
         if id(tensor) not in self._owners:
-            self._entries[tensor] = Entry(dims, weight)
+            self._entries[tensor] = Entry(dims, weight, list(pending))
 
     def owned(self, tensor: Tensor) -> bool:
         """Is it a parameter or buffer of the model?"""

@@ -8,12 +8,14 @@ no_grad; the model is left as it was found: training flags, buffers, random stat
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decomposition_table
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +45,8 @@ RULE_MODULES = (
     rules_views,
 )
 
+HELD = (dict, OrderedDict, list, set)  # containers whose contents are put back too (hooks, buffers, …)
+
 
 class Recorder(TorchDispatchMode):
     """Applies the rule of every operator that runs."""
@@ -61,6 +65,9 @@ class Recorder(TorchDispatchMode):
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
+            if (decompose := decomposition_table.get(func)) is not None:
+                with self:
+                    return decompose(*args, **kwargs)
         call = self._call(func, args, kwargs)
         result = func(*args, **kwargs)
         call.outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -87,7 +94,7 @@ class Recorder(TorchDispatchMode):
                 raise AssertionError(
                     f"rule of {call.name}: {dims} for an output of shape {tuple(output.shape)}"
                 )
-            self.tape.set(output, dims, weight)
+            self.tape.set(output, dims, weight, call.pending)
 
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
@@ -189,7 +196,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's modes, buffers, plain attributes and the random state come back."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
+    inside = [
+        (held, type(held)(held)) for plain in attributes for held in plain.values() if type(held) in HELD
+    ]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -199,11 +208,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if devices:
             torch.cuda.set_rng_state_all(devices)
-        for module, plain, held in zip(modules, attributes, buffers, strict=True):
+        for module, plain in zip(modules, attributes, strict=True):
             vars(module).clear()
             vars(module).update(plain)
-            module._buffers.clear()
-            module._buffers.update(held)
+        for held, content in inside:
+            held.clear()
+            held.extend(content) if isinstance(held, list) else held.update(content)
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):
