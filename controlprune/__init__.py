@@ -1,4 +1,25 @@
 """controlprune: online pruning by feedback control."""
+
+from .budget import Budget, InfeasibleBudget, Price
+from .controller import Controller, attach
+from .export import load, save
+from .history import History
+from .plots import plot
+from .policies.control import Control
+from .structure import find_groups
 from .version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "Budget",
+    "Control",
+    "Controller",
+    "History",
+    "InfeasibleBudget",
+    "Price",
+    "__version__",
+    "attach",
+    "find_groups",
+    "load",
+    "plot",
+    "save",
+]

@@ -26,7 +26,9 @@ KEY = "controlprune"
 class Checkpoints:
     """Hooks on `state_dict` and `load_state_dict` of one model and its optimizer."""
 
-    def __init__(self, plant: Plant, optimizer: Optimizer, relayout: Callable[[tuple[Tensor, ...], bool], None]):
+    def __init__(
+        self, plant: Plant, optimizer: Optimizer, relayout: Callable[[tuple[Tensor, ...], bool], None]
+    ):
         self.plant, self.optimizer, self.relayout = plant, optimizer, relayout
         self.waiting: dict[Tensor, Any] = {}
         save, load, arrive = _closures(weakref.ref(self))
@@ -97,7 +99,9 @@ class Checkpoints:
 
 
 def _fits(parameter: Tensor, state: Any) -> bool:
-    tensors = [x for x in state.values() if isinstance(x, Tensor) and x.ndim == parameter.ndim and x.numel() > 1]
+    tensors = [
+        x for x in state.values() if isinstance(x, Tensor) and x.ndim == parameter.ndim and x.numel() > 1
+    ]
     return all(all(s in (p, 1) for s, p in zip(x.shape, parameter.shape, strict=True)) for x in tensors)
 
 
@@ -113,7 +117,9 @@ def _closures(reference: weakref.ref[Checkpoints]) -> tuple[Callable[..., None],
         if owner is not None and not all(bool(m.all()) for m in owner.plant.masks):
             metadata[KEY] = owner.describe()
 
-    def load(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+    def load(
+        module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+    ) -> None:
         owner = mine(module)
         if owner is not None:
             owner.take_on(state, prefix, metadata.get(KEY))

@@ -81,7 +81,9 @@ def attach(
     _check_arguments(model, optimizer, budget, total_steps)
     structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
     if not structure.groups:
-        reasons = "; ".join(f"{r.name}: {r.reason}" for r in structure.refused[:5]) or "no layer feeds another"
+        reasons = (
+            "; ".join(f"{r.name}: {r.reason}" for r in structure.refused[:5]) or "no layer feeds another"
+        )
         raise ValueError(f"model: nothing in {type(model).__name__} can be pruned ({reasons})")
     _check_optimizer_covers(model, optimizer, structure)
     setting = make_setting(
@@ -103,9 +105,13 @@ def _check_arguments(model: object, optimizer: object, budget: object, total_ste
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
     if not isinstance(budget, (Budget, Price)):
-        raise TypeError(f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)")
+        raise TypeError(
+            f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
+        )
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1")
+        raise ValueError(
+            f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
+        )
     reference = _attached.get(model)
     if reference is not None and reference() is not None:
         raise RuntimeError(
@@ -117,7 +123,9 @@ def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: S
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     touched = {part.tensor for group in structure.groups for part in group.slices}
     missing = [
-        name for name, p in model.named_parameters() if name in touched and p.requires_grad and id(p) not in held
+        name
+        for name, p in model.named_parameters()
+        if name in touched and p.requires_grad and id(p) not in held
     ]
     if missing:
         raise ValueError(
@@ -263,7 +271,9 @@ class Controller:
     def _take_loss(self, loss: Tensor | float) -> None:
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
-                raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
+                raise ValueError(
+                    f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated"
+                )
             self._losses.append(loss.detach().reshape(()))
         elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
             self._losses.append(torch.tensor(float(loss)))

@@ -1,8 +1,8 @@
 """Other forms of the plant's tensors, as copies: dense, masked, compact. The live tensors are not touched.
 
-    full     the dense tensor with every entry its true value (live ones as they are now, parked ones from home)
-    masked   full with the reader columns of dormant units zero: computes what the live model computes
-    compact  only the live entries: what `finalize` would leave
+full     the dense tensor with every entry its true value (live ones as they are now, parked ones from home)
+masked   full with the reader columns of dormant units zero: computes what the live model computes
+compact  only the live entries: what `finalize` would leave
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .columns import inner
 from .masking import Plant
 from .shrink import Spot, at, cuts_of, fill_zero_, put_, select
+from .structure.extents import keep, labels
 
 __all__ = ["compact_copies", "dense_copies", "parked_columns", "per_unit_products"]
 
@@ -60,9 +62,6 @@ def parked_columns(plant: Plant, name: str, dim: int, index: Tensor, masks: list
 
 def per_unit_products(plant: Plant, full: Tensors, gradients: Tensors) -> list[Tensor]:
     """Σ ⟨w, ∂w⟩ over the reader columns of each unit, for dense tensors: one float32 CPU vector per group."""
-    from .columns import inner
-    from .structure.extents import keep, labels
-
     found = [torch.zeros(g.size) for g in plant.structure.groups]
     for number, group in enumerate(plant.structure.groups):
         others = [torch.ones_like(m) if k == number else m for k, m in enumerate(plant.masks)]

@@ -62,7 +62,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     wrong = [k for k in tensors if k not in own or own[k].shape != tensors[k].shape]
     if wrong or set(own) - set(tensors):
         plant.release()
-        raise ValueError(f"path={str(path)!r}: {(wrong or sorted(set(own) - set(tensors)))[0]} does not fit the model")
+        raise ValueError(
+            f"path={str(path)!r}: {(wrong or sorted(set(own) - set(tensors)))[0]} does not fit the model"
+        )
     plant.harden()
     with torch.no_grad():
         for name, tensor in own.items():
@@ -135,7 +137,9 @@ def _structure_to_json(structure: Structure) -> dict[str, Any]:
         ],
         "tensors": {k: [_extent_to_json(e) for e in v] for k, v in structure.tensors.items()},
         "parameters": sorted(structure.parameters),
-        "attributes": [[a.module, a.attribute, a.index, _extent_to_json(a.extent)] for a in structure.attributes],
+        "attributes": [
+            [a.module, a.attribute, a.index, _extent_to_json(a.extent)] for a in structure.attributes
+        ],
     }
 
 
@@ -145,7 +149,10 @@ def _structure_from_json(value: Mapping[str, Any]) -> Structure:
             g["name"],
             g["size"],
             g["kind"],
-            tuple(Slice(tensor, dim, _extent_from_json(extent), role) for tensor, dim, extent, role in g["slices"]),
+            tuple(
+                Slice(tensor, dim, _extent_from_json(extent), role)
+                for tensor, dim, extent, role in g["slices"]
+            ),
         )
         for g in value["groups"]
     )

@@ -12,13 +12,16 @@ cut deep must be able to ask for width back.
 θ is trained online with the model, on what can be observed:
 
     calibration   paired ablations e: a set S_e of units switched on one batch changed the loss by D_e ± σ_e
-                  ℓ(z_e),  z_e = (±Σ_{i∈S_e} v_i − D_e) / √(σ_e² + (0.3·max(|D_e|, |Σv|))²),   ℓ = smooth L1
+                  w_e ℓ(log |Σ_{i∈S_e} v_i| − log |D_e|),  w_e = |D_e| / (|D_e| + σ_e),  ℓ = smooth L1
+                  (values span decades, so ratios count; an experiment whose sign contradicts v has w_e = 0)
     trade-off     the gradient of L + λC through relaxed gates z_i = sigmoid((v_i − λc_i)/τ):
                   Σ_i (g_i + λ c_i) · z_i(θ), g_i = ∂L/∂g_i observed, τ = mean |λ c|
 
 The first pins the scale of v; the second only the sign of v − λc, and has a small weight.
 Predictions are scored before they are trained on (prequential), beside Taylor, Fisher, second order
-and magnitude: `scores()` is the rank correlation of each with the measured change of loss.
+and magnitude: `scores()` is the rank correlation of each with the measured change of loss. The network
+has to earn its place: while its own predictions of the last experiments were further off (mean |log ratio|)
+than the first guess's, `values` answers the first guess.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ FEATURES = (
     "loss slope", "progress", "log group size",
 )  # fmt: skip
 MEMBERS = 16  # units of one ablation at most
+RECENT, TRIAL_PERIOD = 48, 12  # experiments on which the network is judged, and the fewest for a verdict
 TINY = 1e-12
 
 
@@ -121,16 +125,30 @@ class GateController:
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=rate)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.1)
         self.phi = torch.zeros(0, MEMBERS, len(FEATURES))
         self.guess = torch.zeros(0, MEMBERS)  # signed: negative for units switched on
         self.result = torch.zeros(0, 2)  # change, error
         self.predictions = torch.zeros(0, 6)  # learned, second order, Fisher, Taylor, magnitude; measured
 
     def values(self, s: Statistics) -> Tensor:
-        """v, shape (U,), float32, positive."""
+        """v, shape (U,), float32, positive: learned if the network has earned its place, else the first guess."""
+        guess = first_guess(s, self.optimism)
+        return self._predict(s, guess) if self.earned else guess
+
+    @property
+    def earned(self) -> bool:
+        """Did the network predict the last experiments better than the first guess did?"""
+        recent = self.predictions[-RECENT:]
+        if len(recent) < TRIAL_PERIOD:
+            return False
+        measured = recent[:, -1:].abs().clamp_min(TINY).log()
+        off = (recent[:, :2].abs().clamp_min(TINY).log() - measured).abs().mean(0)
+        return bool(off[0] < off[1])
+
+    def _predict(self, s: Statistics, guess: Tensor) -> Tensor:
         with torch.no_grad():
-            return self._value(features(s), first_guess(s, self.optimism))
+            return self._value(features(s), guess)
 
     def _value(self, phi: Tensor, guess: Tensor) -> Tensor:
         return guess * torch.exp(self.net(phi).squeeze(-1).clamp(-4.0, 4.0))
@@ -138,7 +156,7 @@ class GateController:
     def record(self, s: Statistics, experiments: list[Experiment]) -> None:
         """Score the predictions, then remember the experiments."""
         phi, guess = features(s), first_guess(s, self.optimism)
-        value = self.values(s)
+        value = self._predict(s, guess)
         for e in experiments:
             sign = 1.0 if e.off else -1.0
             i = e.members[:MEMBERS]
@@ -174,9 +192,11 @@ class GateController:
     def _calibration(self) -> Tensor:
         predicted = self._value(self.phi, self.guess).sum(-1)
         change, error = self.result.unbind(-1)
-        size = torch.maximum(change.abs(), predicted.detach().abs())
-        z = (predicted - change) / (error**2 + (0.3 * size) ** 2 + TINY**2).sqrt()
-        return F.smooth_l1_loss(z, torch.zeros_like(z))
+        agrees = predicted.detach() * change > 0
+        weight = agrees * change.abs() / (change.abs() + error + TINY)
+        apart = predicted.abs().clamp_min(TINY).log() - change.abs().clamp_min(TINY).log()
+        loss = F.smooth_l1_loss(apart, torch.zeros_like(apart), reduction="none")
+        return (weight * loss).sum() / weight.sum().clamp_min(1e-6)
 
     def scores(self) -> dict[str, float]:
         """Rank correlation with the measured changes of loss, each predictor before it saw them."""

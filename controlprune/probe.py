@@ -28,7 +28,8 @@ def probe(plant: Plant, batch: Batch) -> Tensor:
     """Gate gradients of all units, groups concatenated, float32; live units included."""
     full, masked = dense_copies(plant)
     readers = {part.tensor for group in plant.structure.groups for part in group.readers}
-    leaves = {name: masked[name].requires_grad_() for name in readers if masked[name].is_floating_point()}
+    leaves = {name: masked[name].detach().requires_grad_() for name in sorted(readers)}
+    masked = masked | leaves
     widths = [int(m.sum()) for m in plant.masks]
     try:
         if plant.compact:

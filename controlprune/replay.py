@@ -168,9 +168,7 @@ def _cross_entropy(y: Tensor, g: Tensor, loss: float) -> Callable[[Tensor], Tens
         scale = _common(scale, direction.norm(dim=-1) > 1e-2)
         total = F.cross_entropy(logits, target, reduction="none")
         weight = torch.where(kept, scale, 0.0)
-        factor = loss / max(
-            (weight * total).sum().item(), 1e-20
-        )  # of a GradScaler, say
+        factor = loss / max((weight * total).sum().item(), 1e-20)  # of a GradScaler, say
         if not (_close(factor, 1.0) or _close(factor * weight.sum().item(), 1.0)):
             continue
         weight = weight * factor

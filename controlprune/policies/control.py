@@ -19,11 +19,14 @@ An early value is a noisy one. With `order` the ranking of the units inside a gr
     ṽ_(j) = ρ v_(j) + (1 − ρ) s π_(j)
 
 where π is the prior whose best allocation is the uniform one (allocation.py) and s brings it to the
-scale of v at the margin: without trust the loop decides *which* units of a group, not how many.
+scale of v at the margin: without trust the loop decides *which* units of a group, not how many. Nor may
+a group fall below (1 − ρ) of its width n̄_g in the uniform allocation.
 
-A cut is made in stages. After each, the units just switched off stay in the tensors for one update,
-masked, where they are observed for free and may come back; then, if no further unit was switched off,
-the net shrinks, provided the time saved over the steps that are left outweighs the copying.
+The cut is made in stages. After the first, the units just switched off stay in the tensors for one update,
+masked, where they are observed for free and may come back; then the net shrinks, provided the time saved
+over the steps that are left outweighs the copying, and stays compact through the later stages. At the
+budget the masks are revised every few updates, after a probe of what is absent: width moves to where it
+is worth most, and units return. From `freeze` on they hold.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from .base import Decision, Setting, Trial
 
 __all__ = ["Control", "ControlLoop"]
 
-DECAY = 0.95  # of the moments, per observation
+CALIBRATION_SHARE = 0.015  # of the training's compute that paired ablations may take
 COPY_BYTES_PER_SECOND = 2e9  # a cautious guess of what a shrink moves; decisions must not hang on a clock,
 FLOPS_PER_SECOND = 2e10  # or the same seed would not give the same run
 
@@ -55,7 +58,7 @@ FLOPS_PER_SECOND = 2e10  # or the same seed would not give the same run
 class Control:
     """Settings of the feedback policy. Steps are optimizer steps; `None` lets the horizon decide."""
 
-    plan: Plan = field(default_factory=Plan)
+    plan: Plan = field(default_factory=lambda: Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5))
     regulator: PI = field(default_factory=PI)
     invert: bool = True
     learned: bool = True  # False: the second-order score without the gate network
@@ -63,11 +66,13 @@ class Control:
     stages: int = 6  # steps of the reference on its way down
     update_every: int | None = None
     observe_every: int | None = None
-    calibrate_every: int = 4  # updates between calibrations; 0: never
+    calibrate_every: int | None = None  # updates between calibrations; 0: never
     trials: int = 3  # paired ablations per calibration
-    probe_every: int = 8  # updates between probes of units that are physically absent; 0: never
+    revise_every: int = (
+        7  # updates between revisions of the masks at the budget, each after a probe; 0: never
+    )
     dwell: int = 3  # updates that a switched unit keeps its state
-    hysteresis: float = 0.2  # by how much a newcomer must be worth more than a unit that is on
+    hysteresis: float = 0.3  # by how much a newcomer must be worth more than a unit that is on
     freeze: float = 0.75  # fraction of the horizon after which masks hold
     shrink: bool = True  # False: masks only
 
@@ -79,9 +84,10 @@ class Control:
         for name in ("trust", "freeze"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number from 0 to 1")
-        for name in ("calibrate_every", "trials", "probe_every", "dwell"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a number >= 0")
+        for name in ("calibrate_every", "trials", "revise_every", "dwell", "hysteresis"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value!r}: give a number >= 0")
         if self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: give a number >= 1")
 
@@ -97,8 +103,11 @@ class ControlLoop:
         sizes = setting.structure.sizes
         units = sum(sizes)
         self.group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        self.update_every = control.update_every or min(200, max(1, setting.total_steps // 150))
+        self.update_every = control.update_every or min(200, max(1, setting.total_steps // 60))
         self.observe_every = control.observe_every or _spacing(setting)
+        self.calibrate_every = _calibration_spacing(control, self.update_every)
+        memory = min(500.0, max(20.0, 0.05 * setting.total_steps / self.observe_every))
+        self.decay = 1.0 - 1.0 / memory
         self.moments = start_moments(units)
         self.window = torch.zeros(2, units)  # Σ g² of the running and of the last window
         self.weights = torch.ones(units)
@@ -110,7 +119,7 @@ class ControlLoop:
         self.random = torch.Generator().manual_seed(setting.seed)
         self.level = 1.0  # position of the staged reference between dense (1) and budget (0)
         self.updates = 0
-        self.settled = False  # nothing was switched off at the last update
+        self.watching = False  # units switched off at the last update are still in the tensors
 
     # --- what the loop asks for -----------------------------------------------------------------
 
@@ -122,18 +131,20 @@ class ControlLoop:
 
     def wants_batch(self, step: int) -> bool:
         """Is step's batch to be recorded, for a calibration or a probe?"""
-        return self.wants_decision(step) and not self._frozen(step) and (self._calibrates() or self._probes())
+        return (
+            self.wants_decision(step) and not self._frozen(step) and (self._calibrates() or self._revises())
+        )
 
     def _calibrates(self) -> bool:
-        every = self.control.calibrate_every
-        return self.control.learned and every > 0 and (self.updates + 1) % every == 0
+        """Does the update that comes next calibrate?"""
+        return self.calibrate_every > 0 and (self.updates + 1) % self.calibrate_every == 0
 
-    def _probes(self) -> bool:
-        every = self.control.probe_every
-        return every > 0 and (self.updates + 1) % every == 0
+    def _revises(self) -> bool:
+        every = self.control.revise_every
+        return self.level == 0.0 and every > 0 and (self.updates + 1) % every == 0
 
     def wants_probe(self, step: int, compact: bool) -> bool:
-        return compact and self._probes() and not self._frozen(step)
+        return compact and self._revises() and not self._frozen(step)
 
     @property
     def _freeze_step(self) -> int:
@@ -145,7 +156,7 @@ class ControlLoop:
     # --- observer -------------------------------------------------------------------------------
 
     def observe(self, gradients: Tensor, weights: Tensor) -> None:
-        self.moments = observe(self.moments, gradients, DECAY)
+        self.moments = observe(self.moments, gradients, self.decay)
         self.window[0] += torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0) ** 2
         self.weights = torch.where(torch.isfinite(weights), weights, self.weights)
 
@@ -153,7 +164,7 @@ class ControlLoop:
         self.trend = track_loss(self.trend, loss, self.setting.total_steps)
 
     def statistics(self, step: int, on: Tensor) -> Statistics:
-        mean, curvature = fisher(self.moments, DECAY, self.setting.batch)
+        mean, curvature = fisher(self.moments, self.decay, self.setting.batch)
         horizon = max(1, self.setting.total_steps)
         age = ((step - self.switched).float() / horizon).clamp(0.0, 1.0)
         return Statistics(
@@ -199,30 +210,31 @@ class ControlLoop:
     # --- the update -----------------------------------------------------------------------------
 
     def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
+        revises, level = self._revises(), self.level
         self.updates += 1
-        on = torch.cat(masks)
-        stability = self._stability(on)
+        stability = self._stability(torch.cat(masks))
         reference = self._reference(step, stability)
-        if self._frozen(step):
-            return self._hold(masks, reference)
-        values = self._trusted(step, masks, stability, reference)
-        solution = self._solve(step, values, masks, reference)
-        return self._answer(step, masks, compact, reference, solution)
+        always = not self.control.invert or bool(self.setting.prices)
+        if self._frozen(step) or not (revises or self.watching or self.level < level or always):
+            return self._hold(step, masks, compact, reference)
+        return self._answer(step, masks, compact, reference, self._solve(step, masks, stability, reference))
 
     def last(self, masks: tuple[Tensor, ...]) -> Decision:
         """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
         reference = dict(self.setting.budget)
         widths = tuple(int(n) for n in self._widths(masks))
         if all(self.setting.fraction(k, widths) <= r * (1 + 1e-9) for k, r in reference.items()):
-            return self._hold(masks, reference)
+            return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
-        values = self._trusted(step, masks, self._stability(torch.cat(masks)), reference)
-        solution = self._solve(-(10**9), values, masks, reference)
-        return self._answer(step, masks, False, reference, solution)
+        self.switched.fill_(-(10**9))  # no dwell: the budget comes first
+        stability = self._stability(torch.cat(masks))
+        return self._answer(step, masks, False, reference, self._solve(step, masks, stability, reference))
 
-    def _hold(self, masks: tuple[Tensor, ...], reference: Mapping[str, float]) -> Decision:
-        self.settled = True
-        return Decision(masks, self.control.shrink, reference, self._price())
+    def _hold(
+        self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
+    ) -> Decision:
+        shrinks = self.control.shrink and (compact or self._pays(step, tuple(self._widths(masks))))
+        return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
         return {k: s.price for k, s in self.prices.items()} | dict(self.setting.prices)
@@ -249,21 +261,18 @@ class ControlLoop:
         return {k: r + (1.0 - r) * self.level for k, r in self.setting.budget.items()}
 
     def _trusted(
-        self, step: int, masks: tuple[Tensor, ...], stability: float, reference: Mapping[str, float]
+        self, step: int, masks: tuple[Tensor, ...], trust: float, uniform_widths: tuple[int, ...]
     ) -> tuple[np.ndarray, ...]:
         """ṽ per group: values, with the uniform prior as far as they are not trusted."""
-        s = self.statistics(step, torch.cat(masks))
-        v = self.gates.values(s).double()
-        sizes = self.setting.structure.sizes
-        values = [x.numpy() for x in torch.split(v, list(sizes))]
-        if not reference:
+        v = self.gates.values(self.statistics(step, torch.cat(masks))).double()
+        values = [x.numpy() for x in torch.split(v, list(self.setting.structure.sizes))]
+        if not uniform_widths:
             return tuple(values)
-        trust = self.control.trust * stability
-        costs, limits = self._limits(reference)
-        widths = uniform(sizes, costs, limits, self.setting.floors, self.setting.steps)
-        prior = prior_values(widths, costs, sizes, 1.0 / np.array([self.setting.dense[k] for k in reference]))
+        costs = [self.setting.costs[k] for k in self.setting.budget]
+        shares = 1.0 / np.array([self.setting.dense[k] for k in self.setting.budget])
+        prior = prior_values(uniform_widths, costs, self.setting.structure.sizes, shares)
         ordered = [np.sort(x)[::-1] for x in values]
-        at = [n - 1 for n in widths]
+        at = [n - 1 for n in uniform_widths]
         scale = np.mean([x[i] for x, i in zip(ordered, at, strict=True)])
         scale /= np.mean([p[i] for p, i in zip(prior, at, strict=True)])
         mixed: list[np.ndarray] = []
@@ -273,27 +282,41 @@ class ControlLoop:
             mixed.append(out)
         return tuple(mixed)
 
-    def _limits(self, reference: Mapping[str, float]) -> tuple[list[Any], np.ndarray]:
+    def _uniform(self, reference: Mapping[str, float]) -> tuple[int, ...]:
+        """n̄ at the reference; empty where nothing is to be met."""
+        if not reference:
+            return ()
         costs = [self.setting.costs[k] for k in reference]
-        return costs, np.array([r * self.setting.dense[k] for k, r in reference.items()])
+        limits = np.array([r * self.setting.dense[k] for k, r in reference.items()])
+        return uniform(self.setting.structure.sizes, costs, limits, self.setting.floors, self.setting.steps)
 
     def _solve(
-        self, step: int, values: tuple[np.ndarray, ...], masks: tuple[Tensor, ...], reference: Mapping[str, float]
+        self, step: int, masks: tuple[Tensor, ...], stability: float, reference: Mapping[str, float]
     ) -> Solution:
         setting, control = self.setting, self.control
         names = tuple(setting.costs)
         dense = np.array([setting.dense[k] for k in names])
         steering = control.invert and not setting.prices
+        trust = control.trust * stability
+        even = self._uniform(reference)
+        least = (
+            [int((1.0 - trust) * n) // s * s for n, s in zip(even, setting.steps, strict=True)]
+            if even
+            else []
+        )
+        floors = (
+            tuple(max(a, b) for a, b in zip(setting.floors, least, strict=True)) if even else setting.floors
+        )
         price = np.array([0.0 if steering else self._price()[k] for k in names]) / dense
         limits = np.array([reference.get(k, np.inf) if steering else np.inf for k in names]) * dense
         young = (step - self.switched) < control.dwell * self.update_every
         return solve(
             Problem(
-                values=values,
+                values=self._trusted(step, masks, trust, even),
                 costs=tuple(setting.costs.values()),
                 limits=limits,
                 prices=price,
-                floors=setting.floors,
+                floors=floors,
                 steps=setting.steps,
                 masks=tuple(m.numpy() for m in masks),
                 held=tuple(h.numpy() for h in torch.split(young, list(setting.structure.sizes))),
@@ -313,9 +336,11 @@ class ControlLoop:
         masks = tuple(torch.from_numpy(np.array(m)) for m in solution.masks)
         was, now = torch.cat(before), torch.cat(masks)
         self.switched = torch.where(was != now, step, self.switched)
-        self.settled = not bool((was & ~now).any())
+        news = bool((was & ~now).any())
         self._regulate(reference, solution)
-        shrinks = self.control.shrink and self.settled and (compact or self._pays(step, solution.widths))
+        settled = self.watching or not news  # they have had their update under observation, or there are none
+        shrinks = self.control.shrink and (compact or (settled and self._pays(step, solution.widths)))
+        self.watching = news and not shrinks and not self.watching
         return Decision(masks, shrinks, reference, self._price())
 
     def _regulate(self, reference: Mapping[str, float], solution: Solution) -> None:
@@ -334,7 +359,11 @@ class ControlLoop:
         name = next(iter(setting.costs))
         saved = 1.0 - setting.fraction(name, widths)
         forward = setting.flops / FLOPS_PER_SECOND
-        elements = sum(cost.value(np.array(setting.structure.sizes)) for k, cost in setting.costs.items() if k == "params")
+        elements = sum(
+            cost.value(np.array(setting.structure.sizes))
+            for k, cost in setting.costs.items()
+            if k == "params"
+        )
         copying = 4 * 3 * 4 * (elements or setting.elements) / COPY_BYTES_PER_SECOND + 1e-3
         return saved * 3 * forward * (setting.total_steps - step) > copying
 
@@ -353,11 +382,21 @@ class ControlLoop:
             "random": self.random.get_state(),
             "level": self.level,
             "updates": self.updates,
-            "settled": self.settled,
+            "watching": self.watching,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("moments", "window", "weights", "switched", "trend", "plan", "level", "updates", "settled"):
+        for name in (
+            "moments",
+            "window",
+            "weights",
+            "switched",
+            "trend",
+            "plan",
+            "level",
+            "updates",
+            "watching",
+        ):
             setattr(self, name, state[name])
         self.prices = dict(state["prices"])
         self.gates.load_state_dict(state["gates"])
@@ -372,6 +411,16 @@ def _spacing(setting: Setting) -> int:
     step = 3.0 * setting.flops
     share = 16.0 * setting.elements / max(step, 1.0)
     return int(min(50, max(1, setting.total_steps // 3000, np.ceil(share / 0.01))))
+
+
+def _calibration_spacing(control: Control, update_every: int) -> int:
+    """Updates between calibrations: one costs trials + 1 forward passes, a third of a training step each."""
+    if not control.learned or control.trials == 0:
+        return 0
+    if control.calibrate_every is not None:
+        return control.calibrate_every
+    steps = (control.trials + 1) / 3.0 / CALIBRATION_SHARE
+    return max(1, round(steps / update_every))
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:
