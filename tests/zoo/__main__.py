@@ -36,10 +36,11 @@ def _row(name: str, result: Result) -> str:
 def _summary(results: dict[str, Result]) -> str:
     counts = Counter(result.status for result in results.values())
     total = len(results)
-    reasons = Counter(refusal.reason for result in results.values() for refusal in result.refused)
+    refusals = [refusal.reason for result in results.values() for refusal in result.refused]
+    reasons = Counter(reason.split(" (in ")[0] for reason in refusals)
     lines = [f"{total} models: " + ", ".join(f"{status} {n}" for status, n in counts.most_common())]
     lines.append(f"fully handled: {counts['full'] / max(total, 1):.1%}; silently wrong: {counts['WRONG']}")
-    lines += [f"{n:5d} groups refused: {reason[:160]}" for reason, n in reasons.most_common(15)]
+    lines += [f"{n:5d} groups refused: {reason[:160]}" for reason, n in reasons.most_common(25)]
     return "\n".join(lines)
 
 

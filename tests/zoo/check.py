@@ -26,18 +26,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-import controlprune.structure as engine
 from controlprune.masking import Plant
+from controlprune.structure import analyse, verify
 from controlprune.structure.groups import Refusal, Structure
 
 from .parts import Factory, Inputs
-
-
-def verify(model: nn.Module, inputs: Inputs, structure: Structure) -> Structure:
-    """The engine's own numerical check, where it has one yet."""
-    own = getattr(engine, "verify", None)
-    return structure if own is None else own(model, inputs, structure)
-
 
 __all__ = ["FULL", "Result", "check", "run", "scatter"]
 
@@ -110,7 +103,7 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def flops(model: nn.Module, inputs: Inputs) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # under no_grad it fails on parameters given to modules
         call(model, inputs)
     return counter.get_total_flops()
 
@@ -122,8 +115,15 @@ def error(masked: Sequence[Tensor], shrunk: Sequence[Tensor]) -> float:
         if a.shape != b.shape or a.dtype != b.dtype:
             return float("inf")
         if a.is_floating_point() and a.numel():
-            gap = (a - b).abs().max() / a.abs().max().clamp_min(1e-12)
-            worst = max(worst, float("inf") if not torch.isfinite(gap) else float(gap))
+            if not torch.equal(a.isfinite(), b.isfinite()):
+                return float("inf")
+            finite = a.isfinite()
+            gap = (
+                (a - b)[finite].abs().amax() / a[finite].abs().amax().clamp_min(1e-12)
+                if finite.any()
+                else 0.0
+            )
+            worst = max(worst, float(gap))
         elif not torch.equal(a, b):
             return float("inf")
     return worst
@@ -174,7 +174,7 @@ def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
     """Analyse, verify, switch a random half of every group off, compare masked, shrunk and expanded."""
     began = time.process_time()
     model = scatter(model.eval(), seed)
-    structure = verify(model, inputs, engine.analyse(model, inputs))
+    structure = verify(model, inputs, analyse(model, inputs))
     if not structure.groups:
         return Result(0, structure.refused, seconds=time.process_time() - began)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -174,7 +174,7 @@ VISION: dict[str, Factory] = {
         decoder_num_hidden_layers=1,
         decoder_num_attention_heads=4,
         decoder_intermediate_size=64,
-        mask_ratio=0.0,
+        mask_ratio=0.5,
     ),
     "hf_bit": _vision(
         "BitForImageClassification",
