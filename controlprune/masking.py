@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .columns import PerPosition, Reading, Watch, inner, per_unit, readings, select_others
-from .optimizers import check_optimizer, travelling
+from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
 from .shrink import Spot, at, cuts_of, move, rest_
 from .structure.extents import groups_in
@@ -52,6 +52,7 @@ class Plant:
         self.masks: Masks = _all_on(structure)
         self.compact = False
         self._hardened = False
+        self._summed: Factored = frozenset()
         self._spots = _spots(structure)
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
@@ -69,6 +70,7 @@ class Plant:
             )
         masks = _checked(masks, self.structure)
         tensors = _tensors(self.model)
+        self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
         changed = {
             g
@@ -210,8 +212,8 @@ class Plant:
         with torch.no_grad():
             return per_unit(self._readings, self.structure.sizes, live, parked)
 
-    def _state(self, spot: Spot, tensor: Tensor) -> dict[str, Tensor]:
-        return travelling(self.optimizer, tensor, spot.name) if spot.is_parameter else {}
+    def _state(self, spot: Spot, tensor: Tensor) -> dict[str, tuple[int, ...]]:
+        return travelling(self.optimizer, tensor, spot.name, self._summed) if spot.is_parameter else {}
 
     def _check(self) -> None:
         tensors = _tensors(self.model)
@@ -244,7 +246,7 @@ class Plant:
             def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 with torch.no_grad():
                     for spot, parameter in pairs:
-                        rest_(spot, parameter, self._state(spot, parameter).values())
+                        rest_(spot, parameter, optimizer.state.get(parameter, {}).values())
 
             self._handles.append(self.optimizer.register_step_post_hook(rest))
 

@@ -7,6 +7,9 @@ An optimizer keeps tensors per parameter. With `P` the parameter's shape and `S`
     one element                                       -> left alone (step counts)
     anything else                                     -> an error that names it: nobody knows its meaning
 
+A dimension that is 1 in both is told by the other parameters of the optimizer: where the same state key
+(of as many dimensions) is 1 against a longer parameter, it does not travel (`factored`).
+
 So SGD, Adam(W), amsgrad, RMSprop, Adagrad, Adadelta, NAdam, RAdam, Rprop and any optimizer built like
 them are carried exactly. Adafactor's factors travel, but its row and column means run over dormant
 entries while masked (not while shrunk). LBFGS keeps flattened histories of all parameters: refused.
@@ -20,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["check_optimizer", "travelling", "travelling_dims"]
+__all__ = ["Factored", "check_optimizer", "factored", "travelling", "travelling_dims"]
+
+Factored = frozenset[tuple[str, int, int]]  # (state key, its number of dimensions, a dimension it sums over)
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
@@ -41,16 +46,30 @@ def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> N
                 _travels(optimizer, parameter, name, key, value)
 
 
-def travelling(optimizer: Optimizer | None, parameter: Tensor, name: str) -> dict[str, Tensor]:
-    """The state tensors of `parameter` that share a dimension with it (empty where it has no state)."""
-    if optimizer is None or parameter not in optimizer.state:
-        return {}
-    entries: Mapping[str, object] = optimizer.state[parameter]
-    return {
-        key: value
+def factored(optimizer: Optimizer | None) -> Factored:
+    """Which dimensions of which state are summed over, as far as the optimizer's parameters tell."""
+    return frozenset(
+        (key, value.ndim, d)
+        for parameter, entries in ({} if optimizer is None else optimizer.state).items()
         for key, value in entries.items()
-        if _travels(optimizer, parameter, name, key, value) and isinstance(value, Tensor)
-    }
+        if isinstance(value, Tensor) and isinstance(parameter, Tensor) and value.ndim == parameter.ndim
+        for d in range(value.ndim)
+        if value.shape[d] == 1 < parameter.shape[d]
+    )
+
+
+def travelling(
+    optimizer: Optimizer | None, parameter: Tensor, name: str, summed: Factored
+) -> dict[str, tuple[int, ...]]:
+    """State key -> the dimensions it shares with `parameter`, for the tensors that share some."""
+    found = {}
+    for key, value in ({} if optimizer is None else optimizer.state.get(parameter, {})).items():
+        assert optimizer is not None
+        dims = _travels(optimizer, parameter, name, key, value)
+        dims = tuple(d for d in dims if (key, parameter.ndim, d) not in summed)
+        if dims:
+            found[key] = dims
+    return found
 
 
 def travelling_dims(state: Tensor, parameter: Tensor, where: str) -> tuple[int, ...]:
@@ -68,18 +87,16 @@ def travelling_dims(state: Tensor, parameter: Tensor, where: str) -> tuple[int, 
     )
 
 
-def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value: object) -> bool:
+def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value: object) -> tuple[int, ...]:
     where = f"optimizer: {type(optimizer).__name__} state {key!r} of parameter {name!r}"
     if isinstance(value, Tensor):
-        travels = bool(travelling_dims(value, parameter, where))
-        if travels and value.device != parameter.device:
-            raise ValueError(
-                f"{where} is on {value.device}, the parameter on {parameter.device}; move it there"
-            )
-        return travels
+        dims = travelling_dims(value, parameter, where)
+        if dims and value.device != parameter.device:
+            raise ValueError(f"{where} is on {value.device}, the parameter on {parameter.device}")
+        return dims
     if isinstance(value, (list, tuple, dict)) and _holds_tensor(value):
         raise ValueError(f"{where} is a {type(value).__name__} of tensors; only plain tensors can be carried")
-    return False
+    return ()
 
 
 def _fits_inside(state: Tensor, parameter: Tensor) -> bool:

@@ -157,20 +157,21 @@ def move(
     spot: Spot,
     tensor: Tensor,
     optimizer: Optimizer | None,
-    state: Iterable[str],
+    state: Mapping[str, tuple[int, ...]],
     cuts: Cuts,
     now: bool,
     then: bool,
 ) -> None:
-    """Take `tensor`, its gradient and the `state` its optimizer keeps of it from `spot.cuts` to `cuts`.
+    """Take `tensor`, its gradient and its optimizer state from `spot.cuts` to `cuts`.
 
-    `now`, `then`: whether the layout is and will be compact.
+    `state`: which state tensors travel, along which dimensions. `now`, `then`: whether the layout is
+    and will be compact.
     """
     homes = {}
-    for key in state:
+    for key, dims in state.items():
         assert optimizer is not None
         entries = optimizer.state[tensor]
-        entries[key], homes[key] = _moved_state(spot, tensor, key, entries[key], cuts, now, then)
+        entries[key], homes[key] = _moved_state(spot, key, dims, entries[key], cuts, now, then)
     grad, tensor.grad = tensor.grad, None
     if grad is not None:
         grad = _moved_grad(spot, grad, cuts, now, then)
@@ -183,14 +184,15 @@ def move(
     spot.cuts, spot.state_home = cuts, {key: home for key, home in homes.items() if home is not None}
 
 
-def rest_(spot: Spot, parameter: Tensor, state: Iterable[Tensor]) -> None:
+def rest_(spot: Spot, parameter: Tensor, state: Iterable[object]) -> None:
     """After a step in the masked layout: rows that moved go home, state of dormant entries to zero."""
     assert spot.home is not None
     restore_(parameter, spot.home, at(spot.cuts, "computing"))
     fill_zero_(parameter, at(spot.cuts, "silent"))
     for tensor in state:
-        dims = travelling_dims(tensor, parameter, spot.name)
-        fill_zero_(tensor, at(along(spot.cuts, dims), "dormant"))
+        if isinstance(tensor, Tensor):
+            dims = travelling_dims(tensor, parameter, spot.name)
+            fill_zero_(tensor, at(along(spot.cuts, dims), "dormant"))
 
 
 def _cut(extent: Extent, reads: frozenset[int], masks: Sequence[Tensor], device: torch.device) -> Cut | None:
@@ -227,10 +229,11 @@ def _laid_out(
 
 
 def _moved_state(
-    spot: Spot, tensor: Tensor, key: str, live: Tensor, cuts: Cuts, now: bool, then: bool
+    spot: Spot, key: str, dims: tuple[int, ...], live: Tensor, cuts: Cuts, now: bool, then: bool
 ) -> tuple[Tensor, Tensor | None]:
     home = spot.state_home.get(key)
-    dims = travelling_dims(live, tensor, spot.name)
+    if home is not None:  # its dense shape tells without doubt
+        dims = tuple(d for d, n in enumerate(home.shape) if n == spot.shape[d])
     old, new = along(spot.cuts, dims), along(cuts, dims)
     if home is None and now and old:  # it appeared while units were away: zero for them
         home = _zeros(live, spot, old)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from controlprune.optimizers import travelling, travelling_dims
+from controlprune.optimizers import factored, travelling, travelling_dims
 from controlprune.shrink import fill_zero_, put_, restore_, select, set_data
 
 LIVE = {0: torch.tensor([1, 3]), 1: torch.tensor([0, 2, 4]), 3: torch.tensor([2])}
@@ -88,10 +88,21 @@ def test_what_travels_with_a_parameter() -> None:
 def test_state_that_nobody_can_carry_is_named() -> None:
     p = nn.Parameter(torch.randn(4, 3))
     optimizer = torch.optim.SGD([p], lr=0.1)
-    assert travelling(optimizer, p, "w") == {}
+    assert travelling(optimizer, p, "w", frozenset()) == {}
     assert p not in optimizer.state  # looking did not create an entry
     optimizer.state[p]["history"] = [torch.zeros(4, 3)]
     with pytest.raises(ValueError, match="SGD state 'history' of parameter 'w'"):
-        travelling(optimizer, p, "w")
+        travelling(optimizer, p, "w", frozenset())
     optimizer.state[p] = {"momentum_buffer": None, "count": 3, "step": torch.tensor(2.0)}
-    assert travelling(optimizer, p, "w") == {}
+    assert travelling(optimizer, p, "w", frozenset()) == {}
+
+
+def test_a_lone_unit_is_told_by_the_other_parameters() -> None:
+    """Adafactor's column means of a (1, 4) parameter have its very shape; those of a (3, 4) one do not."""
+    lone, other = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(3, 4))
+    optimizer = torch.optim.Adafactor([lone, other])
+    (lone.sum() + other.sum()).backward()
+    optimizer.step()
+    summed = factored(optimizer)
+    assert summed == {("row_var", 2, 1), ("col_var", 2, 0)}
+    assert travelling(optimizer, lone, "w", summed) == {"row_var": (0,), "col_var": (1,)}
