@@ -1,16 +1,17 @@
 """Gains of the PI regulator from an identified response, and the margins of the loop, by python-control.
 
-Plant, per update (y: resource use, u: log price, both as deviations; g > 0 because use falls with price)::
+Plant, per update (y: resource use, u: log price, both as deviations; g > 0 because use falls with price;
+u_{t+1} is set from e_t and, at d = 0, in force when y_{t+1} is measured)::
 
-    y_{t+1} = a y_t − (1 − a) g u_{t−d}            P(z) = g (1 − a) z^{−d} / (z − a)      (sign in the error)
+    y_{t+1} = a y_t − (1 − a) g u_{t+1−d}          P(z) = g (1 − a) z^{1−d} / (z − a)     (sign in the error)
     regulator (regulators/pi.py)                   C(z) = [K_I + K_P (1 − ν)(z − 1)/(z − ν)] / (z − 1)
     loop                                           L(z) = C(z) P(z)
 
 The zero of the PI cancels the pole of the plant, K_P = K_I a / (1 − a) (exactly, for ν = 0), which leaves
-L = K_I g z^{−d} / (z (z − 1)). Where the phase of L at K_I = 1 is the one asked for, K_I makes |L| = 1;
-for ν = 0 in closed form::
+L = K_I g z^{−d} / (z − 1). Where the phase of L at K_I = 1 is the one asked for, K_I makes |L| = 1; for
+ν = 0 in closed form::
 
-    PM = π/2 − ω (d + 3/2),     K_I = 2 sin(ω/2) / g
+    PM = π/2 − ω (d + 1/2),     K_I = 2 sin(ω/2) / g
 
 Phase margins in degrees, gain margin as a factor, delay margin in updates (PM / ω).
 """
@@ -51,8 +52,9 @@ def loop(response: Response, regulator: PI) -> control.TransferFunction:
     k_i, k_p = regulator.integral, regulator.proportional
     numerator = np.polyadd(k_i * np.array([1.0, -nu]), k_p * (1 - nu) * np.array([1.0, -1.0]))
     denominator = np.polymul([1.0, -1.0], [1.0, -nu])
-    plant = [response.gain * (1 - a)]
-    lag = np.concatenate([[1.0, -a], np.zeros(response.delay)])
+    ahead, behind = max(1 - response.delay, 0), max(response.delay - 1, 0)  # z^{1 − d}
+    plant = np.concatenate([[response.gain * (1 - a)], np.zeros(ahead)])
+    lag = np.concatenate([[1.0, -a], np.zeros(behind)])
     return control.TransferFunction(np.polymul(numerator, plant), np.polymul(denominator, lag), True)
 
 
@@ -60,6 +62,8 @@ def margins(response: Response, regulator: PI) -> Margins:
     """Margins of the loop, by python-control."""
     open_loop = loop(response, regulator)
     gain, phase, _, _, crossover, _ = control.stability_margins(open_loop, method="frd")
+    last = float(np.real(open_loop(-1.0)))  # at the Nyquist frequency, which the crossing search leaves out
+    gain = min(gain, -1 / last) if last < 0 else gain
     poles = np.asarray(control.poles(control.feedback(open_loop, 1)), complex)
     return Margins(
         gain=float(gain),

@@ -6,9 +6,10 @@ Recursive least squares with forgetting, for any linear model y = φᵀθ + nois
 
 μ in (0, 1] forgets with a memory of 1/(1 − μ) samples; at μ = 1 the estimate is least squares with the
 prior θ_0, P_0 (ridge). In directions that are not excited P would grow without bound: its eigenvalues
-are held at the prior's. The model of the price loop (regulators/design.py), u = log λ::
+are held at the prior's. The model of the price loop (regulators/design.py), u_{t+1} = log of the price
+in force when y_{t+1} is measured::
 
-    y_{t+1} = a y_t + b u_t + c,      gain g = −b / (1 − a),  pole a
+    y_{t+1} = a y_t + b u_{t+1} + c,      gain g = −b / (1 − a),  pole a
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Response:
 
     gain: float  # g = −∂y/∂log λ at rest, > 0
     pole: float = 0.0  # a, share of y kept per update
-    delay: int = 0  # d, further updates until a price acts
+    delay: int = 0  # d, updates that a price acts late
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gain) and self.gain > 0):
@@ -80,7 +81,7 @@ class LeastSquares:
 class PriceState:
     fit: LeastSquaresState
     use: float | None  # y_t
-    log_price: float | None  # u_t
+    log_price: float | None  # u_{t+1}
 
 
 @dataclass(frozen=True)

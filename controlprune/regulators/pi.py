@@ -34,7 +34,7 @@ class PIState:
 
 @dataclass(frozen=True)
 class PI:
-    """Settings. The default gains are `regulators.design.design(Response(gain=0.3))` with 60° of margin."""
+    """Settings. The default gains are `design(Response(gain=0.3, delay=1))`: 60° of phase margin."""
 
     integral: float = 1.16  # K_I, per update
     proportional: float = 0.0  # K_P
