@@ -98,7 +98,7 @@ def _train(options: argparse.Namespace) -> None:
     task = load(options.task, options.data)
     print(run(task, options.budget, options.seed, out, options.steps))
     print(f"\npicture   {out / 'dynamics.png'}\nrecord    {out / 'history.jsonl'}")
-    print(f"model     {out / 'model.safetensors'} with its widths in {out / 'model.json'}")
+    print(f"model     {out / 'model.safetensors'}  (controlprune.load(path, the dense model) gives it back)")
 
 
 def _profile(options: argparse.Namespace) -> None:

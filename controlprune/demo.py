@@ -8,7 +8,6 @@ dense run (for the last one, with a second dense run over its first turns).
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from .budget import Budget
@@ -34,6 +32,7 @@ from .compare import (
     train,
 )
 from .controller import Controller, attach
+from .export import save
 from .plots import plot
 from .report import quantity, results_table
 from .structure import analyse
@@ -83,7 +82,7 @@ def run(task: Task, budget: float, seed: int, out: Path, steps: int | None = Non
     out.mkdir(parents=True, exist_ok=True)
     plot(controller.history, out / "dynamics.png")
     controller.history.write(out / "history.jsonl")
-    _save(small, task, dict(zip(controller.history.names, widths, strict=True)), out)
+    save(controller, out / "model.safetensors")
     return table
 
 
@@ -167,13 +166,6 @@ def _table(
         )
     ]
     return results_table(rows)
-
-
-def _save(model: nn.Module, task: Task, widths: dict[str, int], out: Path) -> None:
-    """The compact model: tensors as safetensors, the width of each group as JSON."""
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, out / "model.safetensors")
-    (out / "model.json").write_text(json.dumps({"task": task.name, "widths": widths}, indent=2) + "\n")
 
 
 @contextmanager

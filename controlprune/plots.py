@@ -108,30 +108,36 @@ def _heat_map(axis: Axes, history: History) -> None:
 
 def _size_changes(axis: Axes, history: History) -> None:
     """▼ above the map where tensors were physically shrunk, ▲ where they were expanded."""
-    for kind, marker in (("shrink", "▼ shrunk"), ("expand", "▲ expanded")):
+    legend = []
+    for kind, sign, word in (("shrink", "▼", "shrunk"), ("expand", "▲", "expanded")):
         steps = [row.step for row in history if kind in row.event.split(",")]
-        if not steps:
-            continue
-        sign, word = marker.split()
         for step in steps:
             axis.annotate(
                 sign, (step, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=7,
                 color=EVENT, annotation_clip=False,
             )  # fmt: skip
+        if steps:
+            legend.append(f"{sign} {word} {len(steps)}×")
+    if legend:
         axis.annotate(
-            f"{sign} tensors {word} ({len(steps)}×)", (1.0 if kind == "shrink" else 0.72, 1.0),
-            xycoords="axes fraction", xytext=(0, 13), textcoords="offset points", ha="right", fontsize=7.5,
+            "tensors  " + "  ".join(legend), (1.0, 1.0), xycoords="axes fraction", xytext=(0, 14),
+            textcoords="offset points", ha="right", fontsize=7.5,
         )  # fmt: skip
 
 
 def _resource(axis: Axes, history: History) -> None:
     steps = _steps(history)
+    held = np.array([sum(row.widths) for row in history]) / sum(history.sizes)
+    axis.step(steps, held, where="post", color=GREY, lw=1.0, label="units kept in the tensors")
     axis.set_title("Resource use of the live network, against what was asked for", loc="left", fontsize=9.5)
     for name, colour in zip(history[-1].realised, RESOURCE_COLOURS, strict=False):
-        axis.plot(steps, _series(history, "realised", name), color=colour, lw=1.8, label=f"{name}, realised")
+        realised = _series(history, "realised", name)
+        axis.step(steps, realised, where="post", color=colour, lw=1.8, label=f"{name}, realised")
         reference = _series(history, "reference", name)
         if np.isfinite(reference).any():
-            axis.plot(steps, reference, color=colour, lw=1.1, ls="--", label=f"{name}, reference")
+            axis.step(
+                steps, reference, where="post", color="black", lw=0.9, ls="--", label=f"{name}, reference"
+            )
         if name in history.budget:
             axis.axhline(history.budget[name], color=colour, lw=1.0, ls=":", label=f"{name}, budget")
     axis.set_ylim(0, max(1.05, axis.get_ylim()[1]))
@@ -141,12 +147,16 @@ def _resource(axis: Axes, history: History) -> None:
 
 
 def _price(axis: Axes, history: History) -> None:
+    """Logarithmic; a price a thousand times below the highest is no price, and below the axis."""
     axis.set_title("Price: loss that one dense model's worth of the resource costs", loc="left", fontsize=9.5)
     names = list(dict.fromkeys(name for row in history for name in row.price))
-    for name, colour in zip(names, RESOURCE_COLOURS, strict=False):
-        price = _series(history, "price", name)
-        axis.plot(_steps(history), np.where(price > 0, price, np.nan), color=colour, lw=1.3, label=name)
-    _log_scale(axis)
+    price = {name: _series(history, "price", name) for name in names}
+    highest = max(np.fmax.reduce(series) for series in price.values())
+    lowest = min(np.nanmin(series[series > highest / 1000], initial=highest) for series in price.values())
+    for (name, series), colour in zip(price.items(), RESOURCE_COLOURS, strict=False):
+        drawn = np.where(series > 0, series, np.nan)
+        axis.step(_steps(history), drawn, where="post", color=colour, lw=1.3, label=name)
+    _log_scale(axis, lowest / 1.5, highest * 1.5)
     axis.set_ylabel("loss", fontsize=8)
     _legend(axis)
 
@@ -158,7 +168,7 @@ def _loss(axis: Axes, history: History) -> None:
     axis.plot(steps, _smooth(loss), color="#000000", lw=1.5, label="running mean")
     finite = loss[np.isfinite(loss)]
     if len(finite) and finite.min() > 0 and finite.max() / finite.min() > 20:
-        _log_scale(axis)
+        _log_scale(axis, finite.min() / 1.2, finite.max() * 1.2)
     axis.set_ylabel("loss", fontsize=8)
     _legend(axis)
 
@@ -186,9 +196,10 @@ def _movement(axis: Axes, history: History) -> None:
     _legend(axis)
 
 
-def _log_scale(axis: Axes) -> None:
+def _log_scale(axis: Axes, low: float, high: float) -> None:
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 

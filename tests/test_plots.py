@@ -20,7 +20,7 @@ def titles(figure: Figure) -> list[str]:
     return [axis.get_title(loc="left") for axis in figure.axes]
 
 
-@pytest.mark.parametrize(("groups", "updates"), [(1, 1), (7, 120), (60, 300), (150, 40)])
+@pytest.mark.parametrize(("groups", "updates"), [(1, 1), (7, 120), (70, 60)])
 def test_every_size_of_run_is_drawn_and_written(tmp_path: Path, groups: int, updates: int) -> None:
     run = made_up_run(groups, updates)
     path = tmp_path / "new" / "dynamics.png"
@@ -44,7 +44,7 @@ def test_the_heat_map_shows_the_active_fractions() -> None:
 def test_size_changes_are_ticked_and_counted() -> None:
     texts = [text.get_text() for text in plot(made_up_run()).axes[0].texts]
     assert texts.count("▼") == 2
-    assert any("shrunk (2×)" in text for text in texts)
+    assert any("▼ shrunk 2×" in text for text in texts)
 
 
 def test_a_run_without_price_or_with_a_loss_that_is_not_finite_still_draws() -> None:
