@@ -103,8 +103,15 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def flops(model: nn.Module, inputs: Inputs) -> int:
-    with FlopCounterMode(display=False) as counter:  # under no_grad it fails on parameters given to modules
-        call(model, inputs)
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:  # torch's counter fails on a parameter that is given to a module, under no_grad
+        for parameter in needed:
+            parameter.requires_grad_(False)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call(model, inputs)
+    finally:
+        for parameter in needed:
+            parameter.requires_grad_(True)
     return counter.get_total_flops()
 
 
