@@ -87,10 +87,11 @@ def _swap(
     seen.add(id(holder))
     for name, value in list(holder.items()):
         path = prefix + name
-        if type(value) is int and value > 1:
+        kind: type = type(value)
+        if kind is int and value > 1:
             traced: object = TracedInt(value, (((module, path, None), value),))
-        elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-            traced = type(value)(TracedInt(v, (((module, path, i), v),)) for i, v in enumerate(value))
+        elif kind in (tuple, list) and value and all(type(item) is int for item in value):
+            traced = kind(TracedInt(v, (((module, path, i), v),)) for i, v in enumerate(value))
         else:
             if depth and hasattr(value, "__dict__") and not isinstance(value, OPAQUE):
                 _swap(vars(value), module, path + ".", depth - 1, swapped, seen)
@@ -248,8 +249,8 @@ def _convolution(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result
 
 WATCHED: dict[str, Watch] = {
     **dict.fromkeys(
-        ("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "new_zeros", "new_ones",
-         "new_empty", "new_full", "rand", "randn"),
+        ("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn",
+         "new_zeros", "new_ones", "new_empty", "new_full"),
         _whole_shape,
     ),
     "repeat": _times,

@@ -34,7 +34,7 @@ class Misfit(Exception):
 
 
 class Axis:
-    """One node: a leaf, a Product (`factors`), a Concat (`parts`) or a link to the node it was unified with."""
+    """A leaf, a Product (`factors`), a Concat (`parts`), or a link to the node it was unified with."""
 
     __slots__ = ("factors", "link", "parts", "reason", "size")
 

@@ -155,15 +155,8 @@ def _structure(
         if groups_in(extent := _extent(axis, numbers))
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
-    return Structure(
-        tuple(groups),
-        _refusals(places, read, parameters),
-        tensors,
-        parameters,
-        attributes,
-        work,
-        dict(tape.aliases),
-    )
+    refused = _refusals(places, read, parameters)
+    return Structure(tuple(groups), refused, tensors, parameters, attributes, work, dict(tape.aliases))
 
 
 def _refusals(

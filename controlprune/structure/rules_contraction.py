@@ -154,7 +154,7 @@ def attention(tape: Tape, call: Call) -> list[Dims]:
     tape.unify(s.axis, s2.axis)
     tape.pin(s.axis, "softmax runs over it")
     tape.unify(kv.axis, kv2.axis)
-    outer, repeats = tape.regroup([heads.axis], [kv.size, heads.size // kv.size])
+    outer, _ = tape.regroup([heads.axis], [kv.size, heads.size // kv.size])
     tape.unify(outer, kv.axis)
     for other in (call.dims("key"), call.dims("value")):
         for mine, its in zip(batch, other, strict=False):
@@ -208,9 +208,9 @@ def recurrent_cell(tape: Tape, call: Call) -> list[Dims]:
 
 
 @rule("linalg_solve_triangular", "_linalg_solve_ex", "linalg_inv_ex", "linalg_cholesky_ex", "linalg_qr",
-      "_linalg_svd", "_linalg_eigh", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_lu_solve",
-      "linalg_matrix_exp", "triangular_solve", "linalg_eig", "linalg_pinv", "linalg_lstsq", "cholesky_inverse",
-      "cholesky_solve", "linalg_lu")  # fmt: skip
+      "_linalg_svd", "_linalg_eigh", "_linalg_det", "_linalg_slogdet", "linalg_lu_factor_ex", "linalg_lu",
+      "linalg_lu_solve", "linalg_matrix_exp", "triangular_solve", "linalg_eig", "linalg_pinv", "linalg_lstsq",
+      "cholesky_inverse", "cholesky_solve")  # fmt: skip
 def linear_algebra(tape: Tape, call: Call) -> list[Dims]:
     """Matrices in the last two dimensions are solved or factored as a whole; the batch is carried."""
     entries = [entry.dims for entry in call.entries.values()]

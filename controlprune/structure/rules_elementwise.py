@@ -103,8 +103,8 @@ def same(tape: Tape, call: Call) -> list[Dims]:
     return elementwise(tape, call)
 
 
-@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zero", "fill", "normal",
-      "uniform", "exponential", "random", "log_normal")  # fmt: skip
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zero", "fill",
+      "normal", "uniform", "exponential", "random", "log_normal")  # fmt: skip
 def like(tape: Tape, call: Call) -> list[Dims]:
     """New values in the shape of an old tensor: the index space is the same, the contents are not."""
     entry = next(iter(operands(call)))

@@ -22,9 +22,9 @@ def _affine(tape: Tape, call: Call, axis: Dim) -> None:
             tape.keep([entry])
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm_with_update", "miopen_batch_norm",
-      "_native_batch_norm_legit_functional", "native_batch_norm_legit")  # fmt: skip
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+      "cudnn_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update", "miopen_batch_norm",
+      "_native_batch_norm_legit_functional")  # fmt: skip
 def batch_norm(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("input")]
     _affine(tape, call, dims[1])

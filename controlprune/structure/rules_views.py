@@ -120,9 +120,8 @@ def slice_(tape: Tape, call: Call) -> list[Dims]:
     dim, length = dims[d], call.shape[d]
     if length == dim.size:
         return [dims]
-    start, stop, step = slice(call.arguments["start"], call.arguments["end"], call.integer("step")).indices(
-        dim.size
-    )
+    given = slice(call.arguments["start"], call.arguments["end"], call.integer("step"))
+    start, _, step = given.indices(dim.size)
     if length == 0:
         axis = Axis(0)
     elif step == 1:
@@ -151,8 +150,8 @@ def unbind(tape: Tape, call: Call) -> list[Dims]:
     return select(tape, call) * len(call.outputs)
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "tensor_split",
-      "split_copy", "split_with_sizes_copy")  # fmt: skip
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
+      "tensor_split", "split_copy", "split_with_sizes_copy")  # fmt: skip
 def split(tape: Tape, call: Call) -> list[Dims]:
     dims = call.dims("self")
     d = _at(call.integer("dim"), len(dims))

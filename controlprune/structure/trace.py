@@ -196,9 +196,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever runs inside, the model's modes, buffers, plain attributes and the random state come back."""
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    inside = [
-        (held, type(held)(held)) for plain in attributes for held in plain.values() if type(held) in HELD
-    ]
+    held = [value for plain in attributes for value in plain.values() if type(value) in HELD]
+    contents = [(value, type(value)(value)) for value in held]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -211,9 +210,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for module, plain in zip(modules, attributes, strict=True):
             vars(module).clear()
             vars(module).update(plain)
-        for held, content in inside:
-            held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
+        for value, content in contents:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):
