@@ -47,6 +47,7 @@ class Result:
     flop_ratio: float = 1.0
     max_error: float = 0.0
     max_error_float64: float | None = None  # None where the model does not run in float64
+    max_error_training: float | None = None  # None where training mode draws random numbers of its own
     restored: bool = True
     trains: bool = True  # the shrunk model runs forward and backward in training mode
     seconds: float = 0.0
@@ -56,7 +57,8 @@ class Result:
     def exact(self) -> bool:
         if self.max_error_float64 is None:
             return self.max_error <= TOLERANCE
-        return self.max_error_float64 <= EXACT  # then float32 differs by rounding alone
+        training = self.max_error_training or 0.0
+        return max(self.max_error_float64, training) <= EXACT  # then float32 differs by rounding alone
 
     @property
     def status(self) -> str:
@@ -95,9 +97,9 @@ def _spread(parameter: Tensor, random: torch.Generator) -> None:
         parameter.copy_(0.2 * noise if first == 0 else 0.5 + 0.2 * noise)
 
 
-def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def call(model: nn.Module, inputs: Inputs, seed: int = 0) -> list[Tensor]:
     """Tensors among the outputs, in order; caches and other objects are left out."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
 
@@ -148,15 +150,22 @@ def halves(structure: Structure, seed: int) -> list[Tensor]:
 
 
 def others(inputs: Inputs, seed: int) -> Inputs:
-    """Inputs of the same shapes: other noise; integers (token ids, edges) as they are."""
+    """A batch of three with other noise; only the noise is other where tensors share no batch (graphs)."""
     random = torch.Generator().manual_seed(seed + 1)
+    batched = {leaf.shape[0] for leaf in tree_leaves(inputs)} == {2} and not _is_graph(inputs)
 
     def other(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and batched:
+            leaf = torch.cat([leaf, leaf[:1]])
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return torch.randn(leaf.shape, generator=random).to(leaf.dtype)
         return leaf
 
     return tree_map(other, inputs)
+
+
+def _is_graph(inputs: Inputs) -> bool:
+    return not isinstance(inputs, Mapping) and len(inputs) > 1 and inputs[1].shape[0] == 2
 
 
 def _disagreement(plant: Plant, masks: list[Tensor], inputs: Sequence[Inputs]) -> float:
@@ -195,9 +204,11 @@ def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
     after = model.state_dict()
     restored = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     precise = _in_float64(model, structure, masks, examples)
+    training = _in_training(model, structure, masks, inputs)
     seconds = time.process_time() - began
     return Result(
-        *(len(structure.groups), structure.refused, ratio, gap, precise, restored, trains, seconds),
+        *(len(structure.groups), structure.refused, ratio, gap, precise, training),
+        *(restored, trains, seconds),
     )
 
 
@@ -211,7 +222,24 @@ def _in_float64(
             call(model, doubled[0])
     except RuntimeError:  # some operators and some models know float32 only
         return None
-    return _disagreement(Plant(model, None, structure), masks, doubled)
+    plant = Plant(model, None, structure)
+    gap = _disagreement(plant, masks, doubled)
+    plant.release()
+    return gap
+
+
+def _in_training(model: nn.Module, structure: Structure, masks: list[Tensor], inputs: Inputs) -> float | None:
+    """The same in training mode (float64 by now), dropout modules at 0, unless random numbers remain."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    example = tree_map(_double, inputs) if next(model.parameters()).dtype == torch.float64 else inputs
+    with torch.no_grad():
+        first, again = call(model, example, seed=0), call(model, example, seed=1)
+    if error(first, again) > 0:
+        return None
+    return _disagreement(Plant(model, None, structure), masks, (example,))
 
 
 def _double(leaf: Any) -> Any:
