@@ -180,7 +180,9 @@ def balance(space: Search) -> Rungs:
         weight = share**4 / np.maximum(space.limits[limited], 1e-300)
         burden = weight / max(weight.sum(), 1e-300) @ unit[limited] if limited.any() else ones
         score = net / np.maximum(burden, 1e-300)[group]
-        at = _threshold(space, np.where(net < 0, -np.inf, score))
+        before, at = at, _threshold(space, np.where(net < 0, -np.inf, score))
+        if (before == at).all():
+            break
     return at
 
 

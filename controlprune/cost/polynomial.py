@@ -9,7 +9,7 @@ sum of products of widths, so a resource is::
 into the coefficient, a Concat of affine parts is one affine form, any other Concat is distributed over
 the term; like terms are added up. Compiled, with T terms of at most K forms over F distinct forms::
 
-    forms = b + S n            [F]       S: [F, G], sparse
+    forms = b + S n            [F]       S: [F, G]
     C(n)  = a · Π_k forms[index[:, k]]   index: [T, K], padded with the form 1
 
 The marginal of group g, `C(n) − C(n − s e_g)`, evaluates only the terms that g stands in (all pairs
@@ -34,6 +34,7 @@ __all__ = ["Polynomial"]
 
 Array: TypeAlias = NDArray[np.float64]
 Form: TypeAlias = tuple[int, tuple[tuple[int, int], ...]]  # b, ((g, s_g), …) sorted by g
+DENSE = 250_000  # entries up to which S is stored densely
 Monomial: TypeAlias = tuple[float, tuple[Form, ...]]
 
 
@@ -92,7 +93,7 @@ class Polynomial:
     coefficients: Array  # a, [T]
     index: NDArray[np.intp]  # [T, K] into the forms
     offsets: Array  # b, [F]; the last form is the constant 1
-    slopes: csr_array  # S, [F, G]
+    slopes: Array | csr_array  # S, [F, G], sparse where that is large
     pair_terms: NDArray[np.intp]  # [P] term of each (term, group) pair, pairs sorted by group
     pair_groups: NDArray[np.intp]  # [P]
     pair_slopes: Array  # [P, K] ∂form/∂n_g of each factor of the pair's term
@@ -110,7 +111,8 @@ class Polynomial:
 
     def value(self, widths: ArrayLike) -> float:
         """C(n), `widths` of shape [G]."""
-        return float(self.values(np.asarray(widths, float)[None])[0])
+        forms = self._forms(np.asarray(widths, float))
+        return float(forms[self.index].prod(axis=1) @ self.coefficients)
 
     def values(self, widths: ArrayLike) -> Array:
         """C of many width vectors at once: [B, G] -> [B]."""
@@ -128,14 +130,14 @@ class Polynomial:
 
     def _saved(self, widths: ArrayLike, steps: Array, pairs: slice) -> Array:
         """What the term of each pair loses when the pair's group loses `steps` units."""
-        forms = self._forms(np.asarray(widths, float)[None])[0]
+        forms = self._forms(np.asarray(widths, float))
         terms = self.pair_terms[pairs]
         before = forms[self.index[terms]]
         after = before - self.pair_slopes[pairs] * steps[:, None]
         return self.coefficients[terms] * (before.prod(axis=1) - after.prod(axis=1))
 
     def _forms(self, widths: Array) -> Array:
-        return self.offsets + (self.slopes @ widths.T).T  # [B, F]
+        return self.offsets + (self.slopes @ widths.T).T  # [G] -> [F], [B, G] -> [B, F]
 
     def __add__(self, other: Polynomial) -> Polynomial:
         if self.groups != other.groups:
@@ -151,7 +153,7 @@ class Polynomial:
     __rmul__ = __mul__
 
     def _as_terms(self) -> dict[tuple[Form, ...], float]:
-        slopes = self.slopes.toarray()
+        slopes = self.slopes if isinstance(self.slopes, np.ndarray) else self.slopes.toarray()
         forms = [
             (int(b), tuple((int(g), int(row[g])) for g in np.flatnonzero(row)))
             for b, row in zip(self.offsets, slopes, strict=True)
@@ -194,7 +196,7 @@ def _compile(total: Mapping[tuple[Form, ...], float], groups: int) -> Polynomial
         coefficients=np.array(list(total.values()), dtype=float),
         index=index,
         offsets=np.array([b for b, _ in number] + [1.0]),
-        slopes=slopes,
+        slopes=slopes.toarray() if (one + 1) * groups <= DENSE else slopes,
         pair_terms=pair_terms,
         pair_groups=pair_groups,
         pair_slopes=pair_slopes.reshape(len(pairs), longest),
