@@ -112,6 +112,20 @@ def repeat(tape: Tape, call: Call) -> list[Dims]:
     return [[Dim(product([Axis(k), dim.axis])) for k, dim in zip(times, old, strict=True)]]
 
 
+def _pieces(tape: Tape, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    """Segments; equal ones that fill the axis are one index space, as `chunk` and `n // 2` count on it."""
+    pieces = tape.segment(axis, sizes)
+    if len(set(sizes)) == 1:
+        tape.unify(*pieces)
+    return pieces
+
+
+def _piece(tape: Tape, axis: Axis, start: int, length: int) -> Axis:
+    if 2 * length == axis.size and start in (0, length):
+        return _pieces(tape, axis, [length, length])[start // length]
+    return tape.segment(axis, [start, length, axis.size - start - length])[1]
+
+
 @rule("slice", "slice_copy")
 def slice_(tape: Tape, call: Call) -> list[Dims]:
     """A segment; with a step s, position 0 of a Product(n/s, s)."""
@@ -125,7 +139,7 @@ def slice_(tape: Tape, call: Call) -> list[Dims]:
     if length == 0:
         axis = Axis(0)
     elif step == 1:
-        axis = tape.segment(dim.axis, [start, length, dim.size - start - length])[1]
+        axis = _piece(tape, dim.axis, start, length)
     elif dim.size % step == 0 and length == dim.size // step:
         axis, inner = tape.regroup([dim.axis], [length, step])
         tape.pin(inner, "")
@@ -155,7 +169,7 @@ def unbind(tape: Tape, call: Call) -> list[Dims]:
 def split(tape: Tape, call: Call) -> list[Dims]:
     dims = call.dims("self")
     d = _at(call.integer("dim"), len(dims))
-    pieces = tape.segment(dims[d].axis, [output.shape[d] for output in call.outputs])
+    pieces = _pieces(tape, dims[d].axis, [output.shape[d] for output in call.outputs])
     return [[*dims[:d], Dim(piece, dims[d].sources), *dims[d + 1 :]] for piece in pieces]
 
 

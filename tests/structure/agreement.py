@@ -1,0 +1,81 @@
+"""Masked against shrunk, dumbly: two deep copies, one with zeros, one with index_select."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from controlprune.structure import Structure, set_sizes
+from controlprune.structure.extents import groups_in, labels
+
+__all__ = ["disagreement", "masked_copy", "random_masks", "run", "shrunk_copy"]
+
+
+def random_masks(structure: Structure, seed: int) -> list[Tensor]:
+    """Each group keeps a random number of its units, one at least."""
+    random = torch.Generator().manual_seed(seed)
+    masks = []
+    for n in structure.sizes:
+        live = int(torch.randint(1, n + 1, (), generator=random))
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[torch.randperm(n, generator=random)[:live]] = True
+        masks.append(mask)
+    return masks
+
+
+def _live(labels_of: Tensor, mask: Tensor) -> Tensor:
+    return torch.tensor([label < 0 or bool(mask[label]) for label in labels_of.tolist()])
+
+
+def masked_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -> nn.Module:
+    """Reader slices of dormant units are zero."""
+    out = copy.deepcopy(model)
+    tensors = {**dict(out.named_parameters()), **dict(out.named_buffers())}
+    for number, group in enumerate(structure.groups):
+        for part in group.readers:
+            live = _live(labels(part.extent, number), masks[number])
+            shape = [-1 if d == part.dim else 1 for d in range(tensors[part.tensor].dim())]
+            tensors[part.tensor].data *= live.view(shape)
+    return out
+
+
+def shrunk_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -> nn.Module:
+    """Only the live units are there."""
+    out = copy.deepcopy(model)
+    for name, tensor in (*out.named_parameters(), *out.named_buffers()):
+        data = tensor.data
+        for dim, extent in enumerate(structure.tensors[name]):
+            keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            for number in groups_in(extent):
+                keep &= _live(labels(extent, number), masks[number])
+            data = data.index_select(dim, keep.nonzero().flatten())
+        tensor.data = data
+    set_sizes(out, structure, [int(mask.sum()) for mask in masks])
+    return out
+
+
+def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def disagreement(model: nn.Module, inputs: Any, structure: Structure, seed: int = 0) -> float:
+    """Largest relative difference of masked and shrunk outputs in float64-free arithmetic of the model."""
+    masks = random_masks(structure, seed)
+    worst = 0.0
+    for masked, shrunk in zip(
+        run(masked_copy(model, structure, masks), inputs),
+        run(shrunk_copy(model, structure, masks), inputs),
+        strict=True,
+    ):
+        assert masked.shape == shrunk.shape
+        if masked.is_floating_point() or masked.is_complex():
+            gap = (masked - shrunk).abs().max() / masked.abs().max().clamp_min(1e-12)
+            worst = max(worst, float(gap))
+    return worst
