@@ -38,7 +38,7 @@ SHARE = 1 / 8  # of the excess or slack one round may take
 CANDIDATES = 32  # moves of each direction that are paired in a swap
 WINDOW = 8192  # width vectors enumerated at once (fewer where the polynomials are long)
 ROUNDS = 6  # evaluations of the costs in `balance`
-WORK = 1_000_000  # width vectors × terms evaluated in one window
+WORK = 100_000  # width vectors × terms evaluated in one window
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,8 +275,7 @@ def _promising(moves: _Moves, prices: Array, scale: Array, best: bool) -> NDArra
 
 def window(space: Search, at: Rungs) -> Rungs:
     """The best state within a window of rungs around `at` (all of the space, if it is small)."""
-    terms = sum(len(cost.coefficients) for cost in space.costs)
-    room = min(WINDOW, max(243, WORK // max(1, terms)))
+    room = _room(space)
     chosen = _marginal_groups(space, at, room)
     bottom, top = space.bottom[chosen], space.top[chosen]
     reach = int((top - bottom).max())
@@ -299,6 +298,12 @@ def window(space: Search, at: Rungs) -> Rungs:
     out = at.copy()
     out[chosen] = states[best[np.argmax((resources[best] / space.dense).sum(axis=-1))]]
     return out
+
+
+def _room(space: Search) -> int:
+    """How many width vectors may be enumerated at once."""
+    terms = sum(len(cost.coefficients) for cost in space.costs)
+    return min(WINDOW, max(243, WORK // max(1, terms)))
 
 
 def _marginal_groups(space: Search, at: Rungs, room: int) -> NDArray[np.intp]:
@@ -331,7 +336,7 @@ def polish(space: Search, at: Rungs) -> Rungs:
 
 def search(space: Search, current: Rungs, coarsest: int) -> tuple[Search, Rungs]:
     """The best state found, and the search space with the rungs that were added on the way."""
-    if np.log(space.top - space.bottom + 1).sum() <= np.log(WINDOW):
+    if np.log(space.top - space.bottom + 1).sum() <= np.log(_room(space)):
         at = window(space, space.bottom)  # all of the space
     else:
         starts = [balance(space)]

@@ -13,7 +13,7 @@ from controlprune import search as search_module
 from controlprune.allocation import ladder
 from controlprune.budget import InfeasibleBudget
 from controlprune.cost.polynomial import Polynomial
-from controlprune.structure.extents import Fixed, Units
+from controlprune.structure.extents import Concat, Fixed, Product, Units
 from controlprune.tradeoff import Problem, feasible_range, prior_values, solve, uniform
 
 INF = float("inf")
@@ -287,3 +287,19 @@ def test_prior_leads_to_the_uniform_allocation(sizes, fraction) -> None:
     assert solve(p).widths == target
     shadow = solve(p).prices[0]
     assert shadow == pytest.approx(1e-3, rel=0.2)
+
+
+def test_few_groups_in_a_long_polynomial() -> None:
+    """A cost of many terms narrows the window; a small problem is then searched, not cut off."""
+    sizes = (60, 50)
+    terms = [(1.0, (Units(0, 60), Fixed(2), Units(1, 50)))]
+    terms += [
+        (1.0 + k, (Units(k % 2, 0), Product((Fixed(3), Concat((Fixed(k), Units(1, 50)))))))
+        for k in range(900)
+    ]
+    cost = Polynomial.of(terms, 2)
+    assert len(cost.coefficients) * search_module.WINDOW > search_module.WORK * 4
+    p = problem(sizes, random_values(sizes, 0), 0.6, costs=(cost,))
+    solution = solve(p)
+    assert p.limits[0] * 0.975 <= solution.costs[0] <= p.limits[0]
+    assert solution.objective >= 0.99 * brute_force(p)
