@@ -61,7 +61,8 @@ def _study(task: Task, budgets: Sequence[float], seeds: Sequence[int], steps: in
     pieces = [(budget, seed) for seed in seeds for budget in budgets]
     left = [p for p in pieces if not results.has(task=task.name, budget=p[0], seed=p[1], steps=steps)]
     structure = structure_of(task)
-    hours = len(left) * _seconds_of_dense(task, steps) * 4 / 3600  # 1 dense, 1 at first dense, 4 small ones
+    runs = 6 + min(PAIRED_STEPS, steps) / steps  # all sides, at most as long as dense, and the second dense
+    hours = len(left) * _seconds_of_dense(task, steps) * runs / 3600
     print(f"{len(left)} of {len(pieces)} pieces left, at most about {hours:.2f} core-hours", file=sys.stderr)
     for budget, seed in left:
         began = time.process_time()

@@ -161,12 +161,13 @@ def _images(folder: str, hub: str, data: Path | None) -> tuple[Split, Split]:
 
 def _decoded(hub: str, folder: Path | None, split: str) -> tuple[Bytes, NDArray[np.int64]]:
     """Images [examples, height, width, channels] and labels, decoded once per source."""
-    if folder is not None and not (folder / f"{split}.parquet").is_file():
-        raise TaskError(
-            f"no {folder / f'{split}.parquet'}: --data must be the folder that holds {folder.name}/"
-        )
-    source = hub if folder is None else f"{folder.resolve()}"
-    key = hashlib.sha256(f"{source} {split}".encode()).hexdigest()[:16]
+    source = f"{hub} {split}"
+    if folder is not None:
+        file = folder / f"{split}.parquet"
+        if not file.is_file():
+            raise TaskError(f"no {file}: --data must be the folder that holds {folder.name}/")
+        source = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    key = hashlib.sha256(source.encode()).hexdigest()[:16]
     cache = Path(tempfile.gettempdir()) / "controlprune-data" / f"{key}.npz"
     if cache.is_file():
         with np.load(cache) as stored:
