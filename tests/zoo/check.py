@@ -55,9 +55,9 @@ class Result:
 
     @property
     def exact(self) -> bool:
-        if self.max_error_float64 is None:
-            return self.max_error <= TOLERANCE
         training = self.max_error_training or 0.0
+        if self.max_error_float64 is None:
+            return max(self.max_error, training) <= TOLERANCE
         return max(self.max_error_float64, training) <= EXACT  # then float32 differs by rounding alone
 
     @property
@@ -221,6 +221,7 @@ def _in_float64(
         with torch.no_grad():
             call(model, doubled[0])
     except RuntimeError:  # some operators and some models know float32 only
+        model.float()
         return None
     plant = Plant(model, None, structure)
     gap = _disagreement(plant, masks, doubled)
@@ -229,7 +230,7 @@ def _in_float64(
 
 
 def _in_training(model: nn.Module, structure: Structure, masks: list[Tensor], inputs: Inputs) -> float | None:
-    """The same in training mode (float64 by now), dropout modules at 0, unless random numbers remain."""
+    """The same in training mode (in float64 where it can), without dropout, unless random numbers remain."""
     model = copy.deepcopy(model).train()
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
