@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from .ablate import switched
 from .budget import Budget, Price
@@ -48,7 +49,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Controller]] = weakr
 
 @dataclass(frozen=True)
 class Cost:
-    """A resource: its use now and by the dense model, in `unit` (flops: per forward on the example inputs)."""
+    """A resource: its use now and by the dense model, in `unit` (flops: one forward on the example inputs)."""
 
     value: float
     dense: float
@@ -115,7 +116,7 @@ def _check_arguments(model: object, optimizer: object, budget: object, total_ste
     reference = _attached.get(model)
     if reference is not None and reference() is not None:
         raise RuntimeError(
-            "model: a controller is already attached to it; call its finalize() or detach() before attaching again"
+            "model: a controller is already attached to it; call its finalize() or detach() first"
         )
 
 
@@ -135,7 +136,7 @@ def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: S
 
 
 def _batch_size(example_inputs: Any) -> int:
-    leaves = torch.utils._pytree.tree_leaves(example_inputs)
+    leaves = tree_leaves(example_inputs)
     return next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
@@ -240,7 +241,7 @@ class Controller:
         self._overhead += time.process_time() - started
 
     def step(self, loss: Tensor | float) -> None:
-        """Tell the controller that a training step with this loss is done. Call it after `optimizer.step()`."""
+        """A training step with this loss is done. Call it after `optimizer.step()`."""
         if not self._live:
             raise RuntimeError("step: this controller was finalized or detached; attach a new one")
         started = time.process_time()
@@ -299,8 +300,8 @@ class Controller:
         self._bad_in_a_row += 1
         if self._bad_in_a_row == REPEATED:
             warnings.warn(
-                f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, or the "
-                "optimizer skipped them); the masks hold until one is good",
+                f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, or "
+                "the optimizer skipped them); the masks hold until one is good",
                 stacklevel=3,
             )
 
@@ -456,7 +457,7 @@ class Controller:
             raise ValueError("state_dict: this is not a controller's state_dict")
         if state["format"] > FORMAT:
             raise ValueError(
-                f"state_dict: written by a newer controlprune (format {state['format']}, this one reads {FORMAT})"
+                f"state_dict: format {state['format']} was written by a newer controlprune; this one reads {FORMAT}"
             )
         if dict(state["groups"]) != dict(zip(structure.names, structure.sizes, strict=True)):
             raise ValueError("state_dict: its groups are not this model's; it belongs to another model")

@@ -132,7 +132,7 @@ class GateController:
         self.predictions = torch.zeros(0, 6)  # learned, second order, Fisher, Taylor, magnitude; measured
 
     def values(self, s: Statistics) -> Tensor:
-        """v, shape (U,), float32, positive: learned if the network has earned its place, else the first guess."""
+        """v > 0, shape (U,): learned if the network has earned its place, else the first guess."""
         guess = first_guess(s, self.optimism)
         return self._predict(s, guess) if self.earned else guess
 

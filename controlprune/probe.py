@@ -41,7 +41,7 @@ def probe(plant: Plant, batch: Batch) -> Tensor:
                 for y, g in zip(outputs, batch.gradients, strict=True)
                 if g is not None and y.requires_grad
             ]
-            gradients = torch.autograd.grad(sum(along), list(leaves.values()), allow_unused=True)
+            gradients = torch.autograd.grad(torch.stack(along).sum(), list(leaves.values()), allow_unused=True)
     finally:
         if plant.compact:
             set_sizes(plant.model, plant.structure, widths)

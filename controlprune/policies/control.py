@@ -5,9 +5,9 @@ At an update, in this order:
     observer           moments of the gate gradients           -> mean, curvature H        (observe.py)
     gate controller    statistics                              -> v_i, calibrated          (gates.py)
     trust              agreement of two disjoint windows       -> ρ ∈ [0, trust]
-    planner            how far loss and values have settled    -> reference r(t)           (regulators/plan.py)
+    planner            how far loss and values have settled    -> reference r(t)           (regulators/)
     solver             max Σ ṽ_i − λ·C(n),  C_k(n) ≤ r_k(t)    -> masks, shadow price λ    (tradeoff.py)
-    regulator          y − r                                   -> price λ_k(t)             (regulators/pi.py)
+    regulator          y − r                                   -> price λ_k(t)             (regulators/)
 
 FLOPs and parameters are known exactly, so the solver inverts them exactly: the realised resource meets
 the reference by construction, and the price is the shadow price of the reference. The PI regulator
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from ..allocation import prior_values, uniform
 from ..gates import Experiment, GateController, Statistics
-from ..observe import LossTrend, Moments, fisher, observe, start_moments, track_loss
+from ..observe import LossTrend, fisher, observe, start_moments, track_loss
 from ..regulators.pi import PI, PIState
 from ..regulators.plan import Plan, PlanState
 from ..tradeoff import Problem, Solution, solve
@@ -118,6 +118,7 @@ class ControlLoop:
         self.prices: dict[str, PIState] = {k: control.regulator.init() for k in setting.costs}
         self.random = torch.Generator().manual_seed(setting.seed)
         self.level = 1.0  # position of the staged reference between dense (1) and budget (0)
+        self.at_budget = False  # was the budget reached before this update?
         self.updates = 0
         self.watching = False  # units switched off at the last update are still in the tensors
 
@@ -187,7 +188,7 @@ class ControlLoop:
     # --- gate controller ------------------------------------------------------------------------
 
     def trials(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> list[Trial]:
-        """Random small sets of live units of random groups; every third of dormant ones, where they are masked."""
+        """Random small sets of live units of random groups; every third of dormant ones, if masked."""
         if not self._calibrates() or self._frozen(step):
             return []
         found: list[Trial] = []
@@ -226,7 +227,8 @@ class ControlLoop:
         if all(self.setting.fraction(k, widths) <= r * (1 + 1e-9) for k, r in reference.items()):
             return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
-        self.switched.fill_(-(10**9))  # no dwell: the budget comes first
+        self.switched.fill_(-(10**9))  # no dwell, no slew: the budget comes first
+        self.at_budget = False
         stability = self._stability(torch.cat(masks))
         return self._answer(step, masks, False, reference, self._solve(step, masks, stability, reference))
 
@@ -257,6 +259,7 @@ class ControlLoop:
         )
         stage = 1.0 / self.control.stages
         position = np.ceil(self.plan.level / stage - 1e-9) * stage
+        self.at_budget = self.level == 0.0
         self.level = min(self.level, float(position))
         return {k: r + (1.0 - r) * self.level for k, r in self.setting.budget.items()}
 
@@ -299,31 +302,48 @@ class ControlLoop:
         steering = control.invert and not setting.prices
         trust = control.trust * stability
         even = self._uniform(reference)
-        least = (
-            [int((1.0 - trust) * n) // s * s for n, s in zip(even, setting.steps, strict=True)]
-            if even
-            else []
-        )
-        floors = (
-            tuple(max(a, b) for a, b in zip(setting.floors, least, strict=True)) if even else setting.floors
-        )
+        values = self._trusted(step, masks, trust, even)
         price = np.array([0.0 if steering else self._price()[k] for k in names]) / dense
         limits = np.array([reference.get(k, np.inf) if steering else np.inf for k in names]) * dense
-        young = (step - self.switched) < control.dwell * self.update_every
         return solve(
             Problem(
-                values=self._trusted(step, masks, trust, even),
+                values=values,
                 costs=tuple(setting.costs.values()),
                 limits=limits,
                 prices=price,
-                floors=floors,
+                floors=self._least(masks, trust, even),
                 steps=setting.steps,
                 masks=tuple(m.numpy() for m in masks),
-                held=tuple(h.numpy() for h in torch.split(young, list(setting.structure.sizes))),
+                held=self._held(step, masks, values),
                 hysteresis=control.hysteresis,
                 resources=names,
             )
         )
+
+    def _least(self, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]) -> tuple[int, ...]:
+        """Floors of this update: (1 − ρ) n̄, and at the budget no group loses more than `slew` at once."""
+        floors = np.array(self.setting.floors)
+        if even:
+            steps = np.array(self.setting.steps)
+            floors = np.maximum(floors, ((1.0 - trust) * np.array(even)).astype(int) // steps * steps)
+            if self.at_budget:
+                floors = np.maximum(floors, np.minimum(self._widths(masks) - self._slew(), even))
+        return tuple(int(n) for n in floors)
+
+    def _held(
+        self, step: int, masks: tuple[Tensor, ...], values: tuple[np.ndarray, ...]
+    ) -> tuple[np.ndarray, ...]:
+        """Units that keep their state: the recently switched, and all dormant ones but the best `slew`."""
+        young = (step - self.switched) < self.control.dwell * self.update_every
+        held = [h.numpy().copy() for h in torch.split(young, list(self.setting.structure.sizes))]
+        for g, most in enumerate(self._slew()):
+            dormant = np.flatnonzero(~masks[g].numpy())
+            held[g][dormant[np.argsort(-values[g][dormant], kind="stable")[most:]]] = True
+        return tuple(held)
+
+    def _slew(self) -> np.ndarray:
+        """Most units of each group that may move at one update: an eighth, at least one width step."""
+        return np.maximum(self.setting.steps, np.array(self.setting.structure.sizes) // 8)
 
     def _answer(
         self,
@@ -344,7 +364,7 @@ class ControlLoop:
         return Decision(masks, shrinks, reference, self._price())
 
     def _regulate(self, reference: Mapping[str, float], solution: Solution) -> None:
-        for k, (name, cost) in enumerate(self.setting.costs.items()):
+        for k, name in enumerate(self.setting.costs):
             dense = self.setting.dense[name]
             if name in reference:
                 realised = float(solution.costs[k]) / dense
@@ -381,6 +401,7 @@ class ControlLoop:
             "prices": dict(self.prices),
             "random": self.random.get_state(),
             "level": self.level,
+            "at_budget": self.at_budget,
             "updates": self.updates,
             "watching": self.watching,
         }
@@ -394,6 +415,7 @@ class ControlLoop:
             "trend",
             "plan",
             "level",
+            "at_budget",
             "updates",
             "watching",
         ):
