@@ -262,18 +262,34 @@ def test_bad_problems_are_refused(changes, message) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(sizes_strategy, st.floats(0.05, 1), st.integers(1, 6))
-def test_uniform_is_the_largest_common_fraction(sizes, fraction, step) -> None:
+def test_uniform_is_one_fraction_and_fills_the_limit(sizes, fraction, step) -> None:
+    """Feasible; no group further than a rung from f·N; none below it that could take its next rung."""
     cost = chain(sizes)
     ones = [1] * len(sizes)
     limit = fraction * cost.value(sizes)
     assume(cost.value(ones) <= limit)
     widths = uniform(sizes, (cost,), [limit], ones, [step] * len(sizes))
     assert cost.value(widths) <= limit
+    fractions = np.linspace(0, 1, 20001)
+    used = cost.values(np.maximum(1, fractions[:, None] * np.array(sizes)))
+    even = np.maximum(1, fractions[np.flatnonzero(used <= limit)[-1]] * np.array(sizes))
     ladders = [ladder(n, 1, step) for n in sizes]
-    for f in np.linspace(0, 1, 101):
-        nearest = [int(r[np.abs(r - f * n).argmin()]) for r, n in zip(ladders, sizes, strict=True)]
-        if all(a >= b for a, b in zip(nearest, widths, strict=True)) and tuple(nearest) != widths:
-            assert cost.value(nearest) > limit
+    for g, (rungs, n, middle) in enumerate(zip(ladders, widths, even, strict=True)):
+        slack = 1e-3 * sizes[g]
+        assert rungs[rungs <= max(1, middle - slack)].max() <= n
+        assert n <= rungs[rungs >= min(middle + slack, sizes[g])].min()
+        if n < middle - slack:
+            above = [m if h != g else rungs[rungs > n][0] for h, m in enumerate(widths)]
+            assert cost.value(above) > limit
+
+
+def test_uniform_lands_near_the_limit() -> None:
+    """Groups of proportional size and coarse steps: all rungs change at the same fraction."""
+    sizes = (32, 64, 128)
+    cost = chain(sizes, (64, 10))
+    for fraction in (0.2, 0.35, 0.5, 0.65, 0.8):
+        widths = uniform(sizes, (cost,), [fraction * cost.value(sizes)], (2, 4, 8), (2, 4, 8))
+        assert fraction - 0.05 <= cost.value(widths) / cost.value(sizes) <= fraction
 
 
 @pytest.mark.parametrize("sizes", [(64, 96), (40, 60, 20), (32, 64, 128, 128)])
