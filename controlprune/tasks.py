@@ -112,7 +112,38 @@ def load(name: str, data: Path | None = None) -> Task:
     return TASKS[name](data)
 
 
+def lenet(channels: int, widths: tuple[int, int, int] = (32, 64, 128)) -> nn.Sequential:
+    """Two convolutions with batch norm, a pool, two linear layers; for images of 8×8."""
+    a, b, c = widths
+    layers: dict[str, nn.Module] = {
+        "conv1": nn.Conv2d(channels, a, 3, padding=1),
+        "norm1": nn.BatchNorm2d(a),
+        "relu1": nn.ReLU(),
+        "conv2": nn.Conv2d(a, b, 3, padding=1),
+        "norm2": nn.BatchNorm2d(b),
+        "relu2": nn.ReLU(),
+        "pool": nn.MaxPool2d(2),
+        "flat": nn.Flatten(),
+        "hidden": nn.Linear(16 * b, c),
+        "relu3": nn.ReLU(),
+        "out": nn.Linear(c, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
 def _digits(_: Path | None) -> Task:
+    return _digits_task("digits", partial(residual_net, 1, 32))
+
+
+def _digits_mlp(_: Path | None) -> Task:
+    return _digits_task("digits-mlp", partial(mlp, 64, (304, 104)))
+
+
+def _digits_lenet(_: Path | None) -> Task:
+    return _digits_task("digits-lenet", partial(lenet, 1))
+
+
+def _digits_task(name: str, factory: Callable[[], nn.Module]) -> Task:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -123,10 +154,10 @@ def _digits(_: Path | None) -> Task:
     y = torch.tensor(labels, dtype=torch.int64)[order]
     x, held_out = x / 16, 450
     return Task(
-        name="digits",
+        name=name,
         train=(x[held_out:], y[held_out:]),
         test=(x[:held_out], y[:held_out]),
-        factory=partial(residual_net, 1, 32),
+        factory=factory,
         steps=600,
         batch=64,
     )
@@ -142,7 +173,20 @@ def _cifar10(data: Path | None) -> Task:
     return Task("cifar10", train, test, partial(plain_net, 3), steps=3900, batch=128)
 
 
-TASKS: dict[str, Callable[[Path | None], Task]] = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}
+def _cifar10_small(data: Path | None) -> Task:
+    train, test = _images("cifar10", "uoft-cs/cifar10", data)
+    factory = partial(plain_net, 3, (16, 32, 64, 64))
+    return Task("cifar10-small", train, test, factory, steps=3900, batch=128)
+
+
+TASKS: dict[str, Callable[[Path | None], Task]] = {
+    "digits": _digits,
+    "digits-mlp": _digits_mlp,
+    "digits-lenet": _digits_lenet,
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+    "cifar10-small": _cifar10_small,
+}
 
 
 def _images(folder: str, hub: str, data: Path | None) -> tuple[Split, Split]:
