@@ -323,6 +323,7 @@ class Controller:
         plant = self._plant
         if not any(g is not None for g in batch.gradients):
             return
+        self._loop.see_batch(_batch_size((batch.args, batch.kwargs)))
         trials = self._loop.trials(self.steps, plant.masks, plant.compact)
         if trials:
             _, rows = identify(batch, self._loss)

@@ -33,7 +33,7 @@ class Setting:
     steps: tuple[int, ...]  # width step per group
     floors: tuple[int, ...]
     total_steps: int
-    batch: int  # examples per mini-batch
+    batch: int  # examples in the example inputs: what is taken for the mini-batch until one was seen
     flops: float  # of one dense forward pass on the example inputs
     elements: int  # numbers in all readers: what one observation reads
     seed: int
@@ -69,6 +69,8 @@ class Loop(Protocol):
     def wants_gradients(self, step: int) -> bool: ...
 
     def wants_batch(self, step: int) -> bool: ...
+
+    def see_batch(self, examples: int) -> None: ...
 
     def observe(self, gradients: Tensor, weights: Tensor) -> None: ...
 

@@ -108,6 +108,7 @@ class ControlLoop:
         self.calibrate_every = _calibration_spacing(control, self.update_every)
         memory = min(500.0, max(20.0, 0.05 * setting.total_steps / self.observe_every))
         self.decay = 1.0 - 1.0 / memory
+        self.batch = setting.batch
         self.moments = start_moments(units)
         self.window = torch.zeros(2, units)  # Σ g² of the running and of the last window
         self.weights = torch.ones(units)
@@ -156,6 +157,10 @@ class ControlLoop:
 
     # --- observer -------------------------------------------------------------------------------
 
+    def see_batch(self, examples: int) -> None:
+        """How many examples a mini-batch of the training holds: the scale between variance and Fisher."""
+        self.batch = max(1, examples)
+
     def observe(self, gradients: Tensor, weights: Tensor) -> None:
         self.moments = observe(self.moments, gradients, self.decay)
         self.window[0] += torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0) ** 2
@@ -165,7 +170,7 @@ class ControlLoop:
         self.trend = track_loss(self.trend, loss, self.setting.total_steps)
 
     def statistics(self, step: int, on: Tensor) -> Statistics:
-        mean, curvature = fisher(self.moments, self.decay, self.setting.batch)
+        mean, curvature = fisher(self.moments, self.decay, self.batch)
         horizon = max(1, self.setting.total_steps)
         age = ((step - self.switched).float() / horizon).clamp(0.0, 1.0)
         return Statistics(
@@ -400,6 +405,7 @@ class ControlLoop:
             "plan": self.plan,
             "prices": dict(self.prices),
             "random": self.random.get_state(),
+            "batch": self.batch,
             "level": self.level,
             "at_budget": self.at_budget,
             "updates": self.updates,
@@ -415,6 +421,7 @@ class ControlLoop:
             "trend",
             "plan",
             "level",
+            "batch",
             "at_budget",
             "updates",
             "watching",
