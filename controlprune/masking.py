@@ -9,11 +9,14 @@ its output are zero. Two layouts of the user's tensors give the same outputs and
 and a tensor in which nothing is dormant is as its user made it. What is dormant is parked (see
 `shrink.py`). Between steps in the masked layout it stays at rest: gradients of dormant columns are read
 and cleared as they arrive (before the user's clipping sees them), and after `optimizer.step()` rows that
-weight decay moved are restored and their state is zeroed.
+weight decay moved are put back, columns are zeroed again. The cost of a step in the compact layout is that
+of a native model; in the masked one it is that of the dense model and of these copies.
 
 Known limits: BatchNorm statistics of dormant channels keep moving in the masked layout (parked in the
 compact one). Optimizers that normalise by a whole tensor (Adafactor, LAMB) see dormant zeros while
-masked. A `copy.deepcopy` of the model has the live tensors and no hooks: a plain model in that layout.
+masked. Parameters frozen or unfrozen while masked are noticed at the next `apply`. A `copy.deepcopy` of
+the model has the live tensors and no hooks: a plain model in that layout. An EMA copy made before is cut
+by a plant of its own, `Plant(averaged.module, None, structure)`, and goes on averaging.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from .columns import PerPosition, Reading, Watch, inner, per_unit, readings, select_others
 from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
-from .shrink import Spot, at, cuts_of, move, rest_
+from .shrink import Spot, at, cuts_of, fill_zero_, move, resting_rows
 from .structure.extents import groups_in
 from .structure.groups import Structure
 from .structure.sizes import set_sizes
@@ -241,12 +244,14 @@ class Plant:
             if parameter.requires_grad and at(spot.cuts, "silent"):
                 self._watches[spot.name] = Watch(spot, parameter)
         if self.optimizer is not None:
-            pairs = [(spot, tensors[spot.name]) for spot in resting]
+            places = [(tensors[s.name], resting_rows(s), at(s.cuts, "silent")) for s in resting]
 
             def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 with torch.no_grad():
-                    for spot, parameter in pairs:
-                        rest_(spot, parameter, optimizer.state.get(parameter, {}).values())
+                    for parameter, rows, silent in places:
+                        for dim, (index, values) in rows.items():
+                            parameter.index_copy_(dim, index, values)
+                        fill_zero_(parameter, silent)
 
             self._handles.append(self.optimizer.register_step_post_hook(rest))
 

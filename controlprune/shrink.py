@@ -15,9 +15,9 @@ optimizer) is dense, holds what is dormant, and exists only while something is; 
 stale. `move` goes from any cuts and layout to any other: make whole, then lay out anew. In the masked
 layout (dense shapes)
 
-                          home is the truth for     the live tensor is zero at
-    parameter             dormant entries           silent entries
-    its optimizer state   dormant entries           dormant entries
+                          home is the truth for     the live tensor starts with zero at
+    parameter             dormant entries           silent entries (kept zero)
+    its optimizer state   dormant entries           dormant entries (what weight decay adds is overwritten)
     buffer                silent entries            silent entries
 """
 
@@ -31,19 +31,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .optimizers import travelling_dims
 from .structure.extents import Extent, keep, size
 
 __all__ = [
     "Cut",
     "Cuts",
     "Spot",
+    "along",
     "at",
     "cuts_of",
     "fill_zero_",
     "move",
     "put_",
-    "rest_",
+    "resting_rows",
     "restore_",
     "select",
 ]
@@ -184,15 +184,14 @@ def move(
     spot.cuts, spot.state_home = cuts, {key: home for key, home in homes.items() if home is not None}
 
 
-def rest_(spot: Spot, parameter: Tensor, state: Iterable[object]) -> None:
-    """After a step in the masked layout: rows that moved go home, state of dormant entries to zero."""
+def resting_rows(spot: Spot) -> dict[int, tuple[Tensor, Tensor]]:
+    """Per dimension, the positions that compute dormant units and what stands there between steps."""
     assert spot.home is not None
-    restore_(parameter, spot.home, at(spot.cuts, "computing"))
-    fill_zero_(parameter, at(spot.cuts, "silent"))
-    for tensor in state:
-        if isinstance(tensor, Tensor):
-            dims = travelling_dims(tensor, parameter, spot.name)
-            fill_zero_(tensor, at(along(spot.cuts, dims), "dormant"))
+    found = {}
+    for dim, index in at(spot.cuts, "computing").items():
+        silent = {d: where for d, where in at(spot.cuts, "silent").items() if d != dim}
+        found[dim] = (index, fill_zero_(spot.home.index_select(dim, index), silent))
+    return found
 
 
 def _cut(extent: Extent, reads: frozenset[int], masks: Sequence[Tensor], device: torch.device) -> Cut | None:
@@ -237,6 +236,8 @@ def _moved_state(
     old, new = along(spot.cuts, dims), along(cuts, dims)
     if home is None and now and old:  # it appeared while units were away: zero for them
         home = _zeros(live, spot, old)
+    if home is None and not now:  # likewise; weight decay may have left something
+        fill_zero_(live, at(old, "dormant"))
     full = _whole(live, home, old, now, "dormant")
     return _laid_out(full, new, then, "dormant", "dormant")
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
+from controlprune.structure.analyse import analyse
 from controlprune.structure.extents import Concat, Fixed, Product, Units, keep, size
 from controlprune.structure.groups import Group, SizeAttribute, Slice, Structure, Work
 
@@ -36,8 +38,12 @@ def small_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) 
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, leaf, new)
     for item in structure.attributes:
-        assert item.index is None
-        setattr(small.get_submodule(item.module), item.attribute, size(item.extent, widths))
+        module, value = small.get_submodule(item.module), size(item.extent, widths)
+        if item.index is not None:
+            entries = list(getattr(module, item.attribute))
+            entries[item.index] = value
+            value = tuple(entries)
+        setattr(module, item.attribute, value)
     return small
 
 
@@ -175,6 +181,58 @@ class Concatenated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both = torch.cat([torch.tanh(self.left(x)), torch.sigmoid(self.right(x))], 1)
         return self.head(torch.sigmoid(self.mix(both)))
+
+
+class Attention(nn.Module):
+    """Two query heads to each key/value head, written by hand; a gated feed-forward by chunk; residuals.
+
+    No bias on the keys: softmax does not see it, so its gradient is rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 8)
+        self.query = nn.Linear(8, 12)
+        self.key = nn.Linear(8, 6, bias=False)
+        self.value = nn.Linear(8, 6)
+        self.out = nn.Linear(12, 8)
+        self.up = nn.Linear(8, 10)
+        self.down = nn.Linear(5, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        batch, time, _ = x.shape
+        query = self.query(x).view(batch, time, -1, 3).transpose(1, 2)
+        key = self.key(x).view(batch, time, -1, 3).transpose(1, 2).repeat_interleave(2, 1)
+        value = self.value(x).view(batch, time, -1, 3).transpose(1, 2).repeat_interleave(2, 1)
+        attended = torch.softmax(query @ key.transpose(-1, -2) / 3**0.5, -1) @ value
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        gate, up = self.up(x).chunk(2, -1)
+        x = x + self.down(nn.functional.silu(gate) * up)
+        return self.head(x).mean(1)
+
+
+class Grouped(nn.Module):
+    """Depthwise and grouped convolutions, squeeze and excite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Conv2d(2, 6, 1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.squeeze = nn.Conv2d(6, 3, 1)
+        self.excite = nn.Conv2d(3, 6, 1)
+        self.project = nn.Conv2d(6, 4, 1)
+        self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.softplus(self.depthwise(torch.relu(self.norm(self.expand(x)))))
+        pooled = x.mean((2, 3), keepdim=True)
+        x = x * torch.sigmoid(self.excite(torch.relu(self.squeeze(pooled))))
+        x = torch.tanh(self.grouped(torch.tanh(self.project(x))))
+        return self.head(x.mean((2, 3)))
 
 
 Specification = list[tuple[str, int, list[tuple[str, int]], list[tuple[str, int]]]]
@@ -316,26 +374,35 @@ def concatenated_structure(model: Concatenated, batch: int) -> Structure:
 
 
 BATCH = 6
+SHAPES = {"mlp": (5,), "residual": (2, 4, 4), "concatenated": (4,), "attention": (4, 3), "grouped": (2, 4, 4)}
+
+
+@lru_cache
+def structure_of(net: str) -> Structure:
+    """By hand for the first three; by the tracer for the others. It depends on names and shapes only."""
+    if net == "mlp":
+        return mlp_structure(Mlp(), BATCH)
+    if net == "residual":
+        return residual_structure(Residual(), BATCH)
+    if net == "concatenated":
+        return concatenated_structure(Concatenated(), BATCH)
+    model = Attention() if net == "attention" else Grouped()
+    return analyse(model, (torch.randn(BATCH, *SHAPES[net]),))
 
 
 def make(
-    name: str, seed: int, dtype: torch.dtype = torch.float64
+    net: str, seed: int, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, Structure, Tensor, Tensor]:
     """A net by name with its structure, a batch of inputs and targets."""
+    structure = structure_of(net)
     torch.manual_seed(seed)
-    shapes = {"mlp": (5,), "residual": (2, 4, 4), "concatenated": (4,)}
-    model: nn.Module
-    if name == "mlp":
-        model = Mlp().to(dtype)
-        structure = mlp_structure(model, BATCH)
-    elif name == "residual":
-        model = Residual().to(dtype)
-        structure = residual_structure(model, BATCH)
-    else:
-        model = Concatenated().to(dtype)
-        structure = concatenated_structure(model, BATCH)
-    x = torch.randn(BATCH, *shapes[name], dtype=dtype)
-    with torch.no_grad():
-        outputs = model.eval()(x).shape[1]
-    model.train()
-    return model, structure, x, torch.randint(outputs, (BATCH,))
+    nets: dict[str, Callable[[], nn.Module]] = {
+        "mlp": Mlp,
+        "residual": Residual,
+        "concatenated": Concatenated,
+        "attention": Attention,
+        "grouped": Grouped,
+    }
+    model = nets[net]().to(dtype).train()
+    x = torch.randn(BATCH, *SHAPES[net], dtype=dtype)
+    return model, structure, x, torch.randint(2, (BATCH,))

@@ -73,14 +73,11 @@ class Case:
     phases: tuple[Phase, ...]
 
 
-SIZES = {"mlp": (7, 6), "residual": (5, 4), "concatenated": (6, 5, 4)}
-
-
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    net = draw(st.sampled_from(sorted(SIZES)))
+    net = draw(st.sampled_from(sorted(oracle.SHAPES)))
     optimizer = draw(st.sampled_from(sorted(OPTIMIZERS)))
-    masks = st.tuples(*(st.tuples(*[st.booleans()] * n).filter(any) for n in SIZES[net]))
+    masks = st.tuples(*(st.tuples(*[st.booleans()] * n).filter(any) for n in oracle.structure_of(net).sizes))
     compact = st.just(True) if optimizer in ONLY_COMPACT else st.booleans()
     phases = st.lists(st.builds(Phase, masks, compact, st.integers(0, 3)), min_size=1, max_size=4)
     return Case(

@@ -9,7 +9,9 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from controlprune.masking import Plant
 from controlprune.structure.groups import Structure
@@ -58,6 +60,7 @@ def true_gate_gradients(
     for name, (groups, per_unit) in readers.items():
         gate = Gate(torch.cat([gates[g] for g in groups]), per_unit)
         gated.get_submodule(name).register_forward_pre_hook(gate.forward)
+    gated.zero_grad()
     backward(gated, x, y)
     found = []
     for gate in gates:
@@ -88,16 +91,39 @@ def test_gate_gradients_are_those_of_explicit_gates(net: str) -> None:
             torch.testing.assert_close(got, want * 2 * (0.1 / float(norm)), rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_dormant_units_are_observed_as_they_were_parked(net: str) -> None:
+    """After steps with weight decay too: the rows of a dormant unit compute with their parked weights."""
+    model, structure, x, y = oracle.make(net, 17)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    plant = Plant(model, optimizer, structure)
+    masks = half(structure)
+    plant.apply(masks, compact=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model, x, y)
+    observed = plant.gate_gradients()
+    plant.release()
+    for got, want in zip(observed, true_gate_gradients(net, model, structure, masks, x, y), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_discarded_gradients_are_forgotten(set_to_none: bool) -> None:
+@pytest.mark.parametrize("looked", [True, False])
+def test_discarded_gradients_are_forgotten(set_to_none: bool, looked: bool) -> None:
     model, structure, x, y = oracle.make("mlp", 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plant = Plant(model, optimizer, structure)
     plant.apply(half(structure), compact=False)
     backward(model, x, y)
     first = plant.gate_gradients()
+    backward(model, x, y, scale=torch.inf)  # as a GradScaler's overflow does
     optimizer.zero_grad(set_to_none=set_to_none)
-    assert all(bool((g == 0).all()) for g in plant.gate_gradients())
+    if looked:
+        assert all(bool((g == 0).all()) for g in plant.gate_gradients())
     backward(model, x, y, scale=3.0)
     for got, want in zip(plant.gate_gradients(), first, strict=True):
         torch.testing.assert_close(got, 3 * want)
@@ -205,16 +231,20 @@ def test_everything_follows_the_compact_shapes_with_all_names_alive() -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_gradients_travel_for_live_entries_only() -> None:
+@pytest.mark.parametrize("by_way_of", [True, False])
+def test_gradients_travel_for_live_entries_only(by_way_of: bool) -> None:
+    """Through the compact layout or the masked one: what clipping sees is what a small net's would."""
     model, structure, x, y = oracle.make("mlp", 9)
     plant = Plant(model, torch.optim.SGD(model.parameters(), lr=0.1), structure)
     masks = half(structure)
     backward(model, x, y)
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    plant.apply(masks, compact=True)
-    for name, p in model.named_parameters():
-        assert p.grad is not None
-        assert torch.equal(p.grad, oracle.cut(grads[name], structure.tensors[name], masks))
+    plant.apply(masks, compact=by_way_of)
+    small = [oracle.cut(grads[name], structure.tensors[name], masks) for name, _ in model.named_parameters()]
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(norm, nn.utils.get_total_norm(small))
+    for p, want in zip(model.parameters(), small, strict=True):
+        assert not by_way_of or torch.equal(p.grad if p.grad is not None else torch.empty(0), want)
     plant.release()
     for name, p in model.named_parameters():
         expected = torch.zeros_like(p)
@@ -373,7 +403,7 @@ def test_a_copy_is_a_plain_model_in_the_live_layout() -> None:
         torch.testing.assert_close(other(x), model(x))
         assert all(not p._backward_hooks and not p._post_accumulate_grad_hooks for p in other.parameters())
         plant.release()
-        averaged = torch.optim.swa_utils.AveragedModel(other)
+        averaged = AveragedModel(other)
         averaged.update_parameters(other)
         torch.testing.assert_close(averaged(x), other(x))
 
@@ -392,3 +422,85 @@ def test_channels_last_survives() -> None:
         assert optimizer.state[weight]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
     plant.release()
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_adafactor_learns_its_first_factors_while_one_unit_is_live() -> None:
+    """A factor of a (1, 4) parameter has the shape of the parameter; the others tell what it sums over."""
+    model, structure, x, y = oracle.make("concatenated", 18)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    plant = Plant(model, optimizer, structure)
+    plant.apply([torch.arange(n) == 2 for n in structure.sizes], compact=True)
+    backward(model, x, y)
+    optimizer.step()
+    plant.release()
+    shapes = {key: value.shape for key, value in optimizer.state[model.get_parameter("left.weight")].items()}
+    assert shapes == {"step": (), "row_var": (6, 1), "col_var": (1, 4)}
+
+
+def test_a_gradient_scaler_is_seen_through() -> None:
+    model, structure, x, y = oracle.make("mlp", 19, torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plant = Plant(model, optimizer, structure)
+    plant.apply(half(structure), compact=False)
+    backward(model, x, y)
+    expected = plant.gate_gradients()
+    optimizer.zero_grad()
+    seen: list[Tensor] = []
+    handle = optimizer.register_step_pre_hook(lambda *_: seen.extend(plant.gate_gradients()))
+    scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    handle.remove()
+    for got, want in zip(seen, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_an_average_follows_through_a_plant_of_its_own(compact: bool) -> None:
+    """An EMA copy made dense is cut by `Plant(averaged.module, None, structure)` and keeps averaging."""
+    model, structure, x, y = oracle.make("residual", 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    plant, average = Plant(model, optimizer, structure), Plant(averaged.module, None, structure)
+    masks = half(structure)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in (plant, average):
+        p.apply(masks, compact=compact)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
+        averaged.update_parameters(model)
+    average.release()
+    for name, p in averaged.module.named_parameters():
+        alive = oracle.cut(p.detach(), structure.tensors[name], masks)
+        back = start[name].clone()
+        oracle.write_back(back, alive, structure.tensors[name], masks)
+        assert torch.equal(back, p)  # dormant entries are those it had
+
+
+def test_masks_never_recompile_and_a_shrink_does_once() -> None:
+    model, structure, x, y = oracle.make("residual", 21, torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    plant = Plant(model, optimizer, structure)
+
+    def train() -> int:
+        for _ in range(2):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(compiled(x), y).backward()
+            optimizer.step()
+        torch.testing.assert_close(compiled(x), model(x))
+        return counter.frame_count
+
+    assert train() == 1
+    for seed in range(3):
+        plant.apply(half(structure, seed), compact=False)
+        assert train() == 1
+    assert all(bool((g != 0).all()) for g in plant.gate_gradients())
+    plant.apply(half(structure), compact=True)
+    assert train() == 2
+    plant.release()
+    assert train() == 2  # the dense one is still known
