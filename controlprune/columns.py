@@ -12,6 +12,7 @@ norm, zero_grad); the record follows by the ratio of ‖p.grad‖ now to ‖p.gr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,7 +23,7 @@ from torch import Tensor
 from .shrink import Spot, at, fill_zero_
 from .structure.extents import keep, labels
 
-__all__ = ["Reading", "Watch", "inner", "per_unit", "readings", "select_others"]
+__all__ = ["Gather", "Watch", "gather", "inner", "per_unit", "select_others"]
 
 
 PerPosition: TypeAlias = Callable[[Spot, int], Tensor | None]
@@ -74,54 +75,63 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Which units of `group` the positions of one reader dimension belong to, at the present masks.
+class Gather:
+    """From sums per position to sums per unit, for all reader dimensions at once, at the present masks.
 
-    `live_at`: positions of the tensor as it lies now; `parked_at`: positions among its silent ones.
+    With the position vectors of `places` one after the other in a vector x, `out[unit] += x[where]`.
     A position counts for a unit only where every other group that stands there is live.
     """
 
-    group: int
+    places: tuple[Place, ...]
+    where: Tensor | None  # None: every position, in order
+    unit: Tensor  # over all groups, one group after the other
+    units: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A reader dimension: its positions as they lie now, or the parked (silent) ones."""
+
     spot: Spot
     dim: int
-    live_at: Tensor
-    live_unit: Tensor
-    parked_at: Tensor
-    parked_unit: Tensor
+    parked: bool
+    length: int
 
 
-def readings(spots: Iterable[Spot], masks: Sequence[Tensor], compact: bool) -> list[Reading]:
-    return [
-        _reading(spot, dim, group, masks, compact)
-        for spot in spots
-        for dim, groups in spot.reads.items()
-        for group in sorted(groups)
-    ]
+def gather(
+    spots: Iterable[Spot], masks: Sequence[Tensor], compact: bool, device: torch.device | None
+) -> Gather:
+    starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
+    places: list[Place] = []
+    where, unit = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    offset = 0
+    for spot, dim in [(s, dim) for s in spots for dim in s.reads]:
+        here, parked = _places(spot, dim, masks, compact)
+        for group in sorted(spot.reads[dim]):
+            (live_at, live), (parked_at, dormant) = _positions(spot, dim, group, masks, compact)
+            where += [live_at + offset, parked_at + offset + here.length]
+            unit += [live + starts[group], dormant + starts[group]]
+        places += [here, parked] if parked.length else [here]
+        offset += here.length + parked.length
+    index = torch.cat(where)
+    ordered = len(index) == offset and bool((index == torch.arange(offset)).all())
+    return Gather(
+        tuple(places), None if ordered else index.to(device), torch.cat(unit).to(device), starts[-1]
+    )
 
 
-def per_unit(
-    reads: Sequence[Reading], sizes: Sequence[int], live: PerPosition, parked: PerPosition
-) -> list[Tensor]:
-    """Sum for each unit of each group what `live` and `parked` give per position: float32 of N_g."""
-    found: dict[tuple[str, int], tuple[Tensor | None, Tensor | None]] = {}
-    sums: dict[int, Tensor] = {}
-    for r in reads:
-        key = (r.spot.name, r.dim)
-        if key not in found:
-            found[key] = (
-                live(r.spot, r.dim),
-                parked(r.spot, r.dim) if r.dim in at(r.spot.cuts, "silent") else None,
-            )
-        wheres, units = (r.live_at, r.parked_at), (r.live_unit, r.parked_unit)
-        for values, where, unit in zip(found[key], wheres, units, strict=True):
-            if values is None or not len(where):
-                continue
-            if r.group not in sums:
-                sums[r.group] = torch.zeros(sizes[r.group], device=values.device)
-            total = sums[r.group]
-            part = values[where.to(values.device)].to(total)
-            total.index_add_(0, unit.to(total.device), part)
-    return [sums[g] if g in sums else torch.zeros(n) for g, n in enumerate(sizes)]
+def per_unit(plan: Gather, live: PerPosition, parked: PerPosition) -> Tensor:
+    """Sum for each unit what `live` and `parked` give per position, groups one after the other: float32."""
+    device = plan.unit.device
+    parts = []
+    for place in plan.places:
+        values = (parked if place.parked else live)(place.spot, place.dim)
+        parts.append(torch.zeros(place.length, device=device) if values is None else values.to(device))
+    out = torch.zeros(plan.units, device=device)
+    if parts:
+        values = torch.cat(parts)
+        out.index_add_(0, plan.unit, (values if plan.where is None else values[plan.where]).to(out))
+    return out
 
 
 def select_others(tensor: Tensor, spot: Spot, dim: int) -> Tensor:
@@ -139,7 +149,17 @@ def inner(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return product.sum(others) if others else product
 
 
-def _reading(spot: Spot, dim: int, group: int, masks: Sequence[Tensor], compact: bool) -> Reading:
+def _places(spot: Spot, dim: int, masks: Sequence[Tensor], compact: bool) -> tuple[Place, Place]:
+    live = keep(spot.extents[dim], masks)
+    cut = spot.cuts.get(dim)
+    here = Place(spot, dim, False, int(live.sum()) if compact else len(live))
+    return here, Place(spot, dim, True, 0 if cut is None else len(cut.silent))
+
+
+def _positions(
+    spot: Spot, dim: int, group: int, masks: Sequence[Tensor], compact: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """(positions, units of `group`) of the tensor as it lies now, and of its silent positions."""
     extent = spot.extents[dim]
     live = keep(extent, masks)
     units = labels(extent, group)
@@ -148,11 +168,9 @@ def _reading(spot: Spot, dim: int, group: int, masks: Sequence[Tensor], compact:
     here, gone = counted & live, counted & ~live
     cut = spot.cuts.get(dim)
     silent = units[:0] if cut is None else cut.silent.cpu()
-    device = None if cut is None else cut.silent.device
     live_at = (here[live] if compact else here).nonzero().flatten()
     parked_at = gone[silent].nonzero().flatten()
-    positions = (live_at, units[here], parked_at, units[silent[parked_at]])
-    return Reading(group, spot, dim, *(position.to(device) for position in positions))
+    return [(live_at, units[here]), (parked_at, units[silent[parked_at]])]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

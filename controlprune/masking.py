@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .columns import PerPosition, Reading, Watch, inner, per_unit, readings, select_others
+from .columns import Gather, Watch, gather, inner, per_unit, select_others
 from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
 from .shrink import Spot, at, cuts_of, fill_zero_, move, resting_rows
@@ -59,7 +59,8 @@ class Plant:
         self._spots = _spots(structure)
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
-        self._readings: list[Reading] | None = None
+        self._seen: dict[str, Tensor] = {}
+        self._gather: Gather | None = None
         self._check()
 
     def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
@@ -110,11 +111,18 @@ class Plant:
         """Compact for good: what is parked is dropped, model and optimizer are plain small ones."""
         self.apply(self.masks, compact=True)
         self._hardened = True
-        self._spots, self._readings = (), []
+        self._spots, self._gather = (), None
 
     def gate_gradients(self) -> list[Tensor]:
         """∂L/∂g per group, float32 of N_g, for the gradients now in `p.grad`; NaN where a unit is absent."""
-        tensors = _tensors(self.model)
+        vectors = list(self.gate_gradient().split(self.structure.sizes))
+        if not self.compact:
+            return vectors
+        return [v.masked_fill(~m.to(v.device), math.nan) for v, m in zip(vectors, self.masks, strict=True)]
+
+    def gate_gradient(self) -> Tensor:
+        """The same for all groups in one vector, zero where a unit is absent; no synchronisation."""
+        plan, tensors = self._plan()
 
         def live(spot: Spot, dim: int) -> Tensor | None:
             tensor = tensors[spot.name]
@@ -124,14 +132,17 @@ class Plant:
             watch = self._watches.get(spot.name)
             return None if watch is None else watch.read(dim)
 
-        vectors = self._per_unit(live, parked)
-        if not self.compact:
-            return vectors
-        return [v.masked_fill(~m.to(v.device), math.nan) for v, m in zip(vectors, self.masks, strict=True)]
+        with torch.no_grad():
+            return per_unit(plan, live, parked)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Has anything that reads a unit a gradient now?"""
+        return any(tensor.grad is not None for tensor in self._plan()[1].values())
 
     def weight_norms(self) -> list[Tensor]:
         """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
-        tensors = _tensors(self.model)
+        plan, tensors = self._plan()
 
         def live(spot: Spot, dim: int) -> Tensor:
             tensor = tensors[spot.name]
@@ -143,7 +154,8 @@ class Plant:
             columns = select_others(spot.home.index_select(dim, spot.cuts[dim].silent), spot, dim)
             return inner(columns, columns, dim)
 
-        return self._per_unit(live, parked)
+        with torch.no_grad():
+            return list(per_unit(plan, live, parked).split(self.structure.sizes))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, layout and what is parked, as plain tensors (for safetensors); not the live weights."""
@@ -209,11 +221,14 @@ class Plant:
             for entries, key, value in aside:
                 entries[key] = value
 
-    def _per_unit(self, live: PerPosition, parked: PerPosition) -> list[Tensor]:
-        if self._readings is None:
-            self._readings = readings(self._spots, self.masks, self.compact)
-        with torch.no_grad():
-            return per_unit(self._readings, self.structure.sizes, live, parked)
+    def _plan(self) -> tuple[Gather, dict[str, Tensor]]:
+        """Which positions of which reader tensors tell of which unit, worked out once per layout."""
+        if self._gather is None:
+            tensors = _tensors(self.model)
+            self._seen = {spot.name: tensors[spot.name] for spot in self._spots if spot.reads}
+            device = next((tensor.device for tensor in self._seen.values()), None)
+            self._gather = gather(self._spots, self.masks, self.compact, device)
+        return self._gather, self._seen
 
     def _state(self, spot: Spot, tensor: Tensor) -> dict[str, tuple[int, ...]]:
         return travelling(self.optimizer, tensor, spot.name, self._summed) if spot.is_parameter else {}
@@ -260,7 +275,8 @@ class Plant:
             handle.remove()
         self._handles.clear()
         self._watches.clear()
-        self._readings = None
+        self._gather = None
+        self._seen = {}
 
 
 def _spots(structure: Structure) -> tuple[Spot, ...]:
