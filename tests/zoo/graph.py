@@ -118,7 +118,8 @@ def _pna() -> nn.Module:
 
 GRAPH: dict[str, Factory] = {
     "gcn": _ready(lambda: g.GCN(FEATURES, WIDTH, 3, CLASSES, norm="BatchNorm")),
-    "graphsage": _ready(lambda: g.GraphSAGE(FEATURES, WIDTH, 3, CLASSES, norm="LayerNorm")),
+    "graphsage": _ready(lambda: g.GraphSAGE(FEATURES, WIDTH, 3, CLASSES)),
+    "graphsage_layernorm": _ready(lambda: g.GraphSAGE(FEATURES, WIDTH, 3, CLASSES, norm="LayerNorm")),
     "gin": _ready(lambda: g.GIN(FEATURES, WIDTH, 3, CLASSES)),
     "gat": _ready(lambda: g.GAT(FEATURES, WIDTH, 2, CLASSES, heads=4)),
     "gatv2": _ready(lambda: g.GAT(FEATURES, WIDTH, 2, CLASSES, v2=True, heads=4)),

@@ -97,12 +97,12 @@ MORE: dict[str, Factory] = {
     "xglm": _text(
         "XGLMForCausalLM",
         t.XGLMConfig,
-        {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4},
+        {"d_model": 64, "ffn_dim": 256, "num_layers": 2, "attention_heads": 4},
         max_position_embeddings=32,
     ),
-    "ctrl": _text("CTRLLMHeadModel", t.CTRLConfig, {"n_embd": 64, "dff": 96, "n_layer": 2, "n_head": 4}),
+    "ctrl": _text("CTRLLMHeadModel", t.CTRLConfig, {"n_embd": 64, "dff": 256, "n_layer": 2, "n_head": 4}),
     "xlnet": _text(
-        "XLNetLMHeadModel", t.XLNetConfig, {"d_model": 64, "d_inner": 96, "n_layer": 2, "n_head": 4}
+        "XLNetLMHeadModel", t.XLNetConfig, {"d_model": 64, "d_inner": 256, "n_layer": 2, "n_head": 4}
     ),
     "nystromformer": _text(
         "NystromformerForMaskedLM", t.NystromformerConfig, BERT, num_landmarks=4, segment_means_seq_len=12
@@ -117,7 +117,7 @@ MORE: dict[str, Factory] = {
     "funnel": _text(
         "FunnelForSequenceClassification",
         t.FunnelConfig,
-        {"d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96, "block_sizes": [1, 1]},
+        {"d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 256, "block_sizes": [1, 1]},
     ),
     "convbert": _text("ConvBertForMaskedLM", t.ConvBertConfig, BERT, embedding_size=64, conv_kernel_size=3),
     "roformer": _text("RoFormerForMaskedLM", t.RoFormerConfig, BERT, embedding_size=64),
@@ -126,7 +126,7 @@ MORE: dict[str, Factory] = {
         "DebertaForMaskedLM", t.DebertaConfig, BERT, relative_attention=True, pos_att_type=["p2c", "c2p"]
     ),
     "mt5": _seq2seq(
-        "MT5ForConditionalGeneration", t.MT5Config, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4
+        "MT5ForConditionalGeneration", t.MT5Config, d_model=64, d_kv=16, d_ff=256, num_layers=1, num_heads=4
     ),
     "led": _seq2seq(
         "LEDForConditionalGeneration",
@@ -140,8 +140,8 @@ MORE: dict[str, Factory] = {
         "ProphetNetForConditionalGeneration",
         t.ProphetNetConfig,
         hidden_size=64,
-        encoder_ffn_dim=96,
-        decoder_ffn_dim=96,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
         num_encoder_layers=1,
         num_decoder_layers=1,
         num_encoder_attention_heads=4,

@@ -1,4 +1,7 @@
-"""Language models of transformers: tiny configurations, random weights, nothing downloaded."""
+"""Language models of transformers: tiny configurations, random weights, nothing downloaded.
+
+Feed-forward layers are four times as wide as the model, as in the published configurations.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from .parts import Factory
 
 VOCABULARY = 96
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -48,8 +51,8 @@ BART = {
     "decoder_layers": 1,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 256,
+    "decoder_ffn_dim": 256,
     "max_position_embeddings": 32,
 }
 
@@ -61,7 +64,7 @@ ENCODERS: dict[str, Factory] = {
     "distilbert": _text(
         "DistilBertForSequenceClassification",
         t.DistilBertConfig,
-        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 32},
+        {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 256, "max_position_embeddings": 32},
     ),
     "electra": _text("ElectraForPreTraining", t.ElectraConfig, BERT, embedding_size=32),
     "albert": _text("AlbertForMaskedLM", t.AlbertConfig, BERT, embedding_size=32),
@@ -130,7 +133,7 @@ DECODERS: dict[str, Factory] = {
     "opt": _text(
         "OPTForCausalLM",
         t.OPTConfig,
-        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96},
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 256},
         word_embed_proj_dim=64,
         max_position_embeddings=32,
     ),
@@ -199,12 +202,12 @@ STATE_SPACE: dict[str, Factory] = {
     "rwkv": _text(
         "RwkvForCausalLM",
         t.RwkvConfig,
-        {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 64},
+        {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 128},
         context_length=32,
     ),
 }
 
-T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
 
 SEQ2SEQ: dict[str, Factory] = {
     "t5": _seq2seq("T5ForConditionalGeneration", t.T5Config, **T5),

@@ -64,6 +64,8 @@ TORCHVISION: dict[str, Factory] = {
 } | {
     "tv_googlenet": _torchvision("googlenet", aux_logits=False, init_weights=False),
     "tv_inception_v3": _torchvision("inception_v3", 96, aux_logits=False, init_weights=False),
+    "tv_swin_t": _torchvision("swin_t", 112),  # 28² tokens: whole windows
+    "tv_swin_v2_t": _torchvision("swin_v2_t", 128),
     "tv_vit_b_16": _torchvision("vit_b_16", 64, image_size=64),
     "tv_fcn_resnet50": _torchvision("fcn_resnet50", weights_backbone=None),
     "tv_deeplabv3_mobilenet_v3_large": _torchvision("deeplabv3_mobilenet_v3_large", weights_backbone=None),
