@@ -157,6 +157,7 @@ class Controller:
         self._bad_in_a_row = 0
         self._seen: str = ""  # what the optimizer's hook saw since the last step(): "", "good", "bad", "none"
         self._losses: list[Tensor] = []
+        self._rows: list[Tensor] = []  # gate gradients that the loop has not seen yet
         self._loss = math.nan
         self._overhead = 0.0
         self._began = time.process_time()
@@ -214,6 +215,11 @@ class Controller:
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {self._overhead:.2f} s CPU")
         return "\n".join(lines)
 
+    @property
+    def overhead_seconds(self) -> float:
+        """Process CPU time spent in the controller so far."""
+        return self._overhead
+
     def gate_scores(self) -> dict[str, float]:
         """Rank correlation of each value predictor with the measured ablations of this run."""
         gates = getattr(self._loop, "gates", None)
@@ -227,18 +233,27 @@ class Controller:
         self._checkpoints.require_admitted()
         self._seen = "good"
         if self._loop.wants_gradients(self.steps + 1):
-            tensors = self._plant.tensors()
-            if all(tensors[name].grad is None for name in self._plant.structure.parameters):
+            if not self._plant.has_gradients:
                 self._seen = "none"
                 return
-            gradients = torch.cat([g.cpu() for g in self._plant.gate_gradients()])
-            on = torch.cat(self._plant.masks)
-            if not torch.isfinite(gradients[on]).all():
-                self._seen = "bad"
-            else:
-                weights = torch.cat([w.cpu() for w in self._plant.weight_norms()])
-                self._loop.observe(gradients, weights)
+            self._rows.append(_unscaled(self._plant.gate_gradient(), self._plant.optimizer))
+            if self._rows[0].device.type == "cpu":
+                self._seen = self._read_rows()
         self._overhead += time.process_time() - started
+
+    def _read_rows(self) -> str:
+        """Hand what was seen to the loop: one synchronisation on a GPU for all steps since the last call."""
+        if not self._rows:
+            return "good"
+        rows = torch.stack(self._rows).cpu()
+        self._rows.clear()
+        absent = ~torch.cat(self._plant.masks) if self._plant.compact else None
+        unknown = torch.full_like(rows[0], math.nan)
+        finite = rows.sum(1).isfinite().tolist()
+        for row, good in zip(rows, finite, strict=True):
+            if good:
+                self._loop.observe(row if absent is None else row.masked_fill(absent, math.nan), unknown)
+        return "good" if all(finite) else "bad"
 
     def step(self, loss: Tensor | float) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
@@ -262,6 +277,8 @@ class Controller:
         due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
         if due or self._losses[-1].device.type == "cpu":
             self._flush_losses()
+        if due and self._read_rows() == "bad":
+            seen = "bad"
         self._count(seen)
         if due:
             self._update()
@@ -310,9 +327,11 @@ class Controller:
         if self._bad_in_a_row:
             return
         self._event = ""
+        plant = self._plant
+        weights = torch.cat(plant.weight_norms()).cpu()
+        self._loop.observe(torch.full_like(weights, math.nan), weights)
         if batch is not None:
             self._calibrate(batch)
-        plant = self._plant
         before, was_compact = plant.masks, plant.compact
         decision = self._loop.decide(self.steps, plant.masks, plant.compact)
         self._apply(decision)
@@ -349,6 +368,7 @@ class Controller:
         compact = compact and not all(bool(m.all()) for m in masks)
         same = all(torch.equal(a, b) for a, b in zip(masks, self._plant.masks, strict=True))
         if not same or compact != self._plant.compact:
+            self._read_rows()
             self._checkpoints.set_aside()
             self._plant.apply(masks, compact=compact)
             self._checkpoints.admit()
@@ -387,17 +407,20 @@ class Controller:
         unknown = sorted(set(masks) - set(names))
         if unknown:
             raise ValueError(f"masks: no group is called {unknown[0]!r}; the groups are {', '.join(names)}")
+        self._read_rows()
         now = dict(zip(names, self._plant.masks, strict=True))
         self._plant.apply([masks.get(name, now[name]) for name in names], compact=self._plant.compact)
 
     def shrink(self) -> None:
         """Take dormant units out of the tensors, now."""
         self._require_live("shrink")
+        self._read_rows()
         self._plant.apply(self._plant.masks, compact=True)
 
     def expand(self) -> None:
         """Put them back, exactly; they stay dormant."""
         self._require_live("expand")
+        self._read_rows()
         self._plant.apply(self._plant.masks, compact=False)
 
     # --- the end --------------------------------------------------------------------------------
@@ -474,6 +497,17 @@ class Controller:
         self._recorder.disarm()
         if self._loop.wants_batch(self.steps + 1):
             self._recorder.arm()
+
+
+def _unscaled(row: Tensor, optimizer: Optimizer | None) -> Tensor:
+    """As if a GradScaler had unscaled the gradients: fused optimizers do that inside their step.
+
+    NaN, hence not observed, where they are about to skip it.
+    """
+    scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if isinstance(overflow, Tensor):
+        row = torch.where(overflow.to(row.device) > 0, math.nan, row)
+    return row / scale.to(row.device) if isinstance(scale, Tensor) else row
 
 
 def _step_hook(reference: weakref.ref[Controller]) -> Any:
