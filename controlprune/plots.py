@@ -79,9 +79,9 @@ def _limits(history: History) -> tuple[float, float]:
 
 
 def _edges(steps: Array) -> Array:
-    """Cell borders: a row holds from its own step until the next row's."""
+    """Cell borders: a row holds from its own step until the next row's, the first one from the start."""
     tail = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1.0)
-    return np.append(steps, tail)
+    return np.concatenate([[min(0.0, steps[0] - 1)], steps[1:], [tail]])
 
 
 def _heat_map(axis: Axes, history: History) -> None:

@@ -69,7 +69,7 @@ def test_the_loop_does_not_know_what_people_see(name: str) -> None:
         ("matplotlib", {"plots"}),
         ("sklearn", {"tasks"}),
         ("datasets", {"tasks"}),
-        ("safetensors", {"export", "demo"}),
+        ("safetensors", {"export"}),
     ],
 )
 def test_each_outside_world_is_met_in_one_place(package: str, allowed: set[str]) -> None:

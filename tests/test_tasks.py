@@ -21,7 +21,7 @@ def test_the_digits_are_split_the_same_way_every_time_and_never_overlap() -> Non
 
 
 def test_an_unknown_task_or_folder_says_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="there are digits, mnist, cifar10"):
+    with pytest.raises(TaskError, match=r"there are digits, .*mnist, .*cifar10"):
         load("imagenet")
     with pytest.raises(TaskError, match="must be the folder that holds cifar10/"):
         load("cifar10", tmp_path)
