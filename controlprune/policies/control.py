@@ -14,13 +14,8 @@ the reference by construction, and the price is the shadow price of the referenc
 tracks it (back-calculation: a bumpless start), and takes over where the price itself steers:
 `Control(invert=False)`, the masks then answer the price alone until the deadline.
 
-An early value is a noisy one. With `order` the ranking of the units inside a group, and ρ the trust,
-
-    ṽ_(j) = ρ v_(j) + (1 − ρ) s π_(j)
-
-where π is the prior whose best allocation is the uniform one (allocation.py) and s brings it to the
-scale of v at the margin: without trust the loop decides *which* units of a group, not how many. Nor may
-a group fall below (1 − ρ) of its width n̄_g in the uniform allocation.
+An early value is a noisy one: values are shrunk towards the uniform allocation as far as their ranking is
+not stable, and at the budget few units move at a time (caution.py).
 
 The cut is made in stages. After the first, the units just switched off stay in the tensors for one update,
 masked, where they are observed for free and may come back; then the net shrinks, provided the time saved
@@ -31,7 +26,7 @@ is worth most, and units return. From `freeze` on they hold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,17 +36,15 @@ from torch import Tensor
 
 from ..allocation import prior_values, uniform
 from ..gates import Experiment, GateController, Statistics
-from ..observe import LossTrend, fisher, observe, start_moments, track_loss
+from ..observe import LossTrend, Moments, fisher, observe, start_moments, track_loss
 from ..regulators.pi import PI, PIState
 from ..regulators.plan import Plan, PlanState
 from ..tradeoff import Problem, Solution, solve
 from .base import Decision, Setting, Trial
+from .caution import Values, floors, held, slew, stability, trusted
+from .pace import calibration_spacing, observation_spacing, shrink_pays
 
 __all__ = ["Control", "ControlLoop"]
-
-CALIBRATION_SHARE = 0.015  # of the training's compute that paired ablations may take
-COPY_BYTES_PER_SECOND = 2e9  # a cautious guess of what a shrink moves; decisions must not hang on a clock,
-FLOPS_PER_SECOND = 2e10  # or the same seed would not give the same run
 
 
 @dataclass(frozen=True)
@@ -104,8 +97,8 @@ class ControlLoop:
         units = sum(sizes)
         self.group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         self.update_every = control.update_every or min(200, max(1, setting.total_steps // 60))
-        self.observe_every = control.observe_every or _spacing(setting)
-        self.calibrate_every = _calibration_spacing(control, self.update_every)
+        self.observe_every = control.observe_every or observation_spacing(setting)
+        self.calibrate_every = _calibrate_every(control, self.update_every)
         memory = min(500.0, max(20.0, 0.05 * setting.total_steps / self.observe_every))
         self.decay = 1.0 - 1.0 / memory
         self.batch = setting.batch
@@ -178,12 +171,9 @@ class ControlLoop:
             self.trend.slope, min(1.0, step / horizon),
         )  # fmt: skip
 
-    def _widths(self, masks: tuple[Tensor, ...]) -> np.ndarray:
-        return np.array([int(m.sum()) for m in masks])
-
     def _marginal_costs(self, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
-        widths = self._widths(torch.split(on, list(self.setting.structure.sizes)))
+        widths = _widths(torch.split(on, list(self.setting.structure.sizes)))
         one = np.ones(len(widths))
         total = np.zeros(len(widths))
         for name, cost in self.setting.costs.items():
@@ -228,7 +218,7 @@ class ControlLoop:
     def last(self, masks: tuple[Tensor, ...]) -> Decision:
         """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
         reference = dict(self.setting.budget)
-        widths = tuple(int(n) for n in self._widths(masks))
+        widths = tuple(_widths(masks))
         if all(self.setting.fraction(k, widths) <= r * (1 + 1e-9) for k, r in reference.items()):
             return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
@@ -240,22 +230,17 @@ class ControlLoop:
     def _hold(
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
-        shrinks = self.control.shrink and (compact or self._pays(step, tuple(self._widths(masks))))
+        shrinks = self.control.shrink and (compact or self._pays(step, _widths(masks)))
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
         return {k: s.price for k, s in self.prices.items()} | dict(self.setting.prices)
 
     def _stability(self, on: Tensor) -> float:
-        """Mean rank correlation, inside groups, of Σ g² over two disjoint windows (active units)."""
+        """Of the values, between the running window and the last; then the running one becomes the last."""
         now, before = self.window
-        found: list[float] = []
-        for g in range(len(self.setting.structure.sizes)):
-            i = (self.group == g) & on
-            if i.sum() > 3 and now[i].any() and before[i].any():
-                found.append(_spearman(now[i], before[i]))
         self.window = torch.stack([torch.zeros_like(now), now])
-        return max(0.0, float(np.mean(found))) if found else 0.0
+        return stability(now, before, self.group, on)
 
     def _reference(self, step: int, stability: float) -> dict[str, float]:
         """The plan's position between dense and budget, in stages, as a fraction per resource."""
@@ -268,28 +253,6 @@ class ControlLoop:
         self.level = min(self.level, float(position))
         return {k: r + (1.0 - r) * self.level for k, r in self.setting.budget.items()}
 
-    def _trusted(
-        self, step: int, masks: tuple[Tensor, ...], trust: float, uniform_widths: tuple[int, ...]
-    ) -> tuple[np.ndarray, ...]:
-        """ṽ per group: values, with the uniform prior as far as they are not trusted."""
-        v = self.gates.values(self.statistics(step, torch.cat(masks))).double()
-        values = [x.numpy() for x in torch.split(v, list(self.setting.structure.sizes))]
-        if not uniform_widths:
-            return tuple(values)
-        costs = [self.setting.costs[k] for k in self.setting.budget]
-        shares = 1.0 / np.array([self.setting.dense[k] for k in self.setting.budget])
-        prior = prior_values(uniform_widths, costs, self.setting.structure.sizes, shares)
-        ordered = [np.sort(x)[::-1] for x in values]
-        at = [n - 1 for n in uniform_widths]
-        scale = np.mean([x[i] for x, i in zip(ordered, at, strict=True)])
-        scale /= np.mean([p[i] for p, i in zip(prior, at, strict=True)])
-        mixed: list[np.ndarray] = []
-        for x, top, p in zip(values, ordered, prior, strict=True):
-            out = np.empty_like(x)
-            out[np.argsort(-x, kind="stable")] = trust * top + (1.0 - trust) * scale * p
-            mixed.append(out)
-        return tuple(mixed)
-
     def _uniform(self, reference: Mapping[str, float]) -> tuple[int, ...]:
         """n̄ at the reference; empty where nothing is to be met."""
         if not reference:
@@ -298,6 +261,17 @@ class ControlLoop:
         limits = np.array([r * self.setting.dense[k] for k, r in reference.items()])
         return uniform(self.setting.structure.sizes, costs, limits, self.setting.floors, self.setting.steps)
 
+    def _values(self, step: int, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]) -> Values:
+        """ṽ per group."""
+        sizes = self.setting.structure.sizes
+        v = self.gates.values(self.statistics(step, torch.cat(masks))).double()
+        values = tuple(x.numpy() for x in torch.split(v, list(sizes)))
+        if not even:
+            return values
+        costs = [self.setting.costs[k] for k in self.setting.budget]
+        shares = 1.0 / np.array([self.setting.dense[k] for k in self.setting.budget])
+        return trusted(values, prior_values(even, costs, sizes, shares), even, trust)
+
     def _solve(
         self, step: int, masks: tuple[Tensor, ...], stability: float, reference: Mapping[str, float]
     ) -> Solution:
@@ -305,50 +279,32 @@ class ControlLoop:
         names = tuple(setting.costs)
         dense = np.array([setting.dense[k] for k in names])
         steering = control.invert and not setting.prices
-        trust = control.trust * stability
+        trust, most = control.trust * stability, slew(setting.structure.sizes, setting.steps)
         even = self._uniform(reference)
-        values = self._trusted(step, masks, trust, even)
+        values = self._values(step, masks, trust, even)
+        least = setting.floors
+        if even:
+            binding = most if self.at_budget else None
+            least = floors(least, setting.steps, even, trust, _widths(masks), binding)
         price = np.array([0.0 if steering else self._price()[k] for k in names]) / dense
         limits = np.array([reference.get(k, np.inf) if steering else np.inf for k in names]) * dense
+        young = torch.split(
+            (step - self.switched) < control.dwell * self.update_every, list(setting.structure.sizes)
+        )
         return solve(
             Problem(
                 values=values,
                 costs=tuple(setting.costs.values()),
                 limits=limits,
                 prices=price,
-                floors=self._least(masks, trust, even),
+                floors=least,
                 steps=setting.steps,
                 masks=tuple(m.numpy() for m in masks),
-                held=self._held(step, masks, values),
+                held=held(values, masks, young, most),
                 hysteresis=control.hysteresis,
                 resources=names,
             )
         )
-
-    def _least(self, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]) -> tuple[int, ...]:
-        """Floors of this update: (1 − ρ) n̄, and at the budget no group loses more than `slew` at once."""
-        floors = np.array(self.setting.floors)
-        if even:
-            steps = np.array(self.setting.steps)
-            floors = np.maximum(floors, ((1.0 - trust) * np.array(even)).astype(int) // steps * steps)
-            if self.at_budget:
-                floors = np.maximum(floors, np.minimum(self._widths(masks) - self._slew(), even))
-        return tuple(int(n) for n in floors)
-
-    def _held(
-        self, step: int, masks: tuple[Tensor, ...], values: tuple[np.ndarray, ...]
-    ) -> tuple[np.ndarray, ...]:
-        """Units that keep their state: the recently switched, and all dormant ones but the best `slew`."""
-        young = (step - self.switched) < self.control.dwell * self.update_every
-        held = [h.numpy().copy() for h in torch.split(young, list(self.setting.structure.sizes))]
-        for g, most in enumerate(self._slew()):
-            dormant = np.flatnonzero(~masks[g].numpy())
-            held[g][dormant[np.argsort(-values[g][dormant], kind="stable")[most:]]] = True
-        return tuple(held)
-
-    def _slew(self) -> np.ndarray:
-        """Most units of each group that may move at one update: an eighth, at least one width step."""
-        return np.maximum(self.setting.steps, np.array(self.setting.structure.sizes) // 8)
 
     def _answer(
         self,
@@ -369,89 +325,57 @@ class ControlLoop:
         return Decision(masks, shrinks, reference, self._price())
 
     def _regulate(self, reference: Mapping[str, float], solution: Solution) -> None:
+        """The price of each resource: tracks the shadow price where a limit binds, or acts on y − r."""
         for k, name in enumerate(self.setting.costs):
             dense = self.setting.dense[name]
-            if name in reference:
-                realised = float(solution.costs[k]) / dense
-                tracked = float(solution.prices[k]) * dense if self.control.invert else None
-                self.prices[name] = self.control.regulator.update(
-                    self.prices[name], realised - reference[name], tracked
-                )
+            shadow = float(solution.prices[k]) * dense
+            if name not in reference or (self.control.invert and shadow <= 0.0):
+                continue
+            error = float(solution.costs[k]) / dense - reference[name]
+            applied = shadow if self.control.invert else None
+            self.prices[name] = self.control.regulator.update(self.prices[name], error, applied)
 
-    def _pays(self, step: int, widths: tuple[int, ...]) -> bool:
-        """Time saved over the remaining steps against the copying of one shrink, both from counts."""
+    def _pays(self, step: int, widths: Sequence[int]) -> bool:
         setting = self.setting
-        name = next(iter(setting.costs))
-        saved = 1.0 - setting.fraction(name, widths)
-        forward = setting.flops / FLOPS_PER_SECOND
-        elements = sum(
-            cost.value(np.array(setting.structure.sizes))
-            for k, cost in setting.costs.items()
-            if k == "params"
-        )
-        copying = 4 * 3 * 4 * (elements or setting.elements) / COPY_BYTES_PER_SECOND + 1e-3
-        return saved * 3 * forward * (setting.total_steps - step) > copying
+        fraction = setting.fraction(next(iter(setting.costs)), tuple(widths))
+        return shrink_pays(setting, fraction, setting.total_steps - step)
 
     # --- saved and restored ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "moments": self.moments,
-            "window": self.window.clone(),
-            "weights": self.weights.clone(),
-            "switched": self.switched.clone(),
-            "trend": self.trend,
+        state: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
+        state |= {name: getattr(self, name).clone() for name in _TENSORS}
+        return state | {
+            "moments": vars(self.moments) | {},
+            "trend": vars(self.trend) | {},
+            "plan": vars(self.plan) | {},
+            "prices": {k: vars(p) | {} for k, p in self.prices.items()},
             "gates": self.gates.state_dict(),
-            "plan": self.plan,
-            "prices": dict(self.prices),
             "random": self.random.get_state(),
-            "batch": self.batch,
-            "level": self.level,
-            "at_budget": self.at_budget,
-            "updates": self.updates,
-            "watching": self.watching,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in (
-            "moments",
-            "window",
-            "weights",
-            "switched",
-            "trend",
-            "plan",
-            "level",
-            "batch",
-            "at_budget",
-            "updates",
-            "watching",
-        ):
+        for name in (*_PLAIN, *_TENSORS):
             setattr(self, name, state[name])
-        self.prices = dict(state["prices"])
+        self.moments = Moments(**state["moments"])
+        self.trend = LossTrend(**state["trend"])
+        self.plan = PlanState(**state["plan"])
+        self.prices = {k: PIState(**p) for k, p in state["prices"].items()}
         self.gates.load_state_dict(state["gates"])
         self.random.set_state(state["random"])
 
 
-def _spacing(setting: Setting) -> int:
-    """Observe as often as costs at most 1 % of a training step (≈ 3 forward passes), by counts.
-
-    One observation reads weights and gradients of all readers once: about 16 FLOPs' time per element.
-    """
-    step = 3.0 * setting.flops
-    share = 16.0 * setting.elements / max(step, 1.0)
-    return int(min(50, max(1, setting.total_steps // 3000, np.ceil(share / 0.01))))
+_PLAIN = ("batch", "level", "at_budget", "updates", "watching")
+_TENSORS = ("window", "weights", "switched")
 
 
-def _calibration_spacing(control: Control, update_every: int) -> int:
-    """Updates between calibrations: one costs trials + 1 forward passes, a third of a training step each."""
+def _calibrate_every(control: Control, update_every: int) -> int:
     if not control.learned or control.trials == 0:
         return 0
     if control.calibrate_every is not None:
         return control.calibrate_every
-    steps = (control.trials + 1) / 3.0 / CALIBRATION_SHARE
-    return max(1, round(steps / update_every))
+    return calibration_spacing(control.trials, update_every)
 
 
-def _spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([x.argsort().argsort().float() for x in (a, b)])
-    return float(torch.corrcoef(ranks)[0, 1])
+def _widths(masks: Sequence[Tensor]) -> list[int]:
+    return [int(m.sum()) for m in masks]

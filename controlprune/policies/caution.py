@@ -1,0 +1,90 @@
+"""Caution: how far early values are believed, and how fast the allocation may move. Pure functions.
+
+**Stability**: mean over groups of Spearman's rank correlation of Σ g² between two disjoint windows of
+observations, over the active units. It is the evidence that a ranking is more than noise.
+
+**Trusted values**: with ρ = trust × stability ∈ [0, 1] and `v_(j)` the j-th best value of a group,
+
+    ṽ_(j) = ρ v_(j) + (1 − ρ) s π_(j),        s = mean_g v_(n̄_g) / mean_g π_(n̄_g)
+
+where π is the prior whose best allocation is the uniform one, n̄ (allocation.py), and s brings it to the
+scale of v at the margin: without trust the values decide which units of a group stay, not how many.
+
+**Floors** of one update: (1 − ρ) n̄_g, and at the budget no group loses more than `slew_g` units at once.
+**Holds**: the recently switched units, and all dormant ones but the best `slew_g`, keep their state.
+**Slew**: an eighth of the group, at least one width step.
+
+Values in loss, widths in units; arrays per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Values", "floors", "held", "slew", "stability", "trusted"]
+
+Values = tuple[NDArray[np.float64], ...]
+
+
+def stability(now: Tensor, before: Tensor, group: Tensor, on: Tensor) -> float:
+    """In [0, 1]; 0 where there is nothing to compare. Vectors over all units."""
+    found: list[float] = []
+    for g in range(int(group.max()) + 1):
+        i = (group == g) & on
+        if i.sum() > 3 and now[i].any() and before[i].any():
+            ranks = torch.stack([x[i].argsort().argsort().float() for x in (now, before)])
+            found.append(float(torch.corrcoef(ranks)[0, 1]))
+    return max(0.0, float(np.mean(found))) if found else 0.0
+
+
+def trusted(values: Values, prior: Values, even: Sequence[int], trust: float) -> Values:
+    """ṽ per group, in the order of `values`; `prior` is sorted, best first; `even` is n̄."""
+    ordered = [np.sort(x)[::-1] for x in values]
+    at = [n - 1 for n in even]
+    scale = np.mean([x[i] for x, i in zip(ordered, at, strict=True)])
+    scale /= np.mean([p[i] for p, i in zip(prior, at, strict=True)])
+    mixed: list[NDArray[np.float64]] = []
+    for x, top, p in zip(values, ordered, prior, strict=True):
+        out = np.empty_like(x)
+        out[np.argsort(-x, kind="stable")] = trust * top + (1.0 - trust) * scale * p
+        mixed.append(out)
+    return tuple(mixed)
+
+
+def slew(sizes: Sequence[int], steps: Sequence[int]) -> NDArray[np.int64]:
+    """Most units of each group that may move at one update."""
+    return np.maximum(np.array(steps), np.array(sizes) // 8)
+
+
+def floors(
+    least: Sequence[int],
+    steps: Sequence[int],
+    even: Sequence[int],
+    trust: float,
+    widths: Sequence[int],
+    most: NDArray[np.int64] | None,
+) -> tuple[int, ...]:
+    """Floors of this update, never under `least`; `most`: the slew that binds (None: it does not)."""
+    share = ((1.0 - trust) * np.array(even)).astype(int) // np.array(steps) * np.array(steps)
+    bound = np.maximum(np.array(least), share)
+    if most is not None:
+        bound = np.maximum(bound, np.minimum(np.array(widths) - most, even))
+    return tuple(int(n) for n in bound)
+
+
+def held(
+    values: Values, masks: Sequence[Tensor], young: Sequence[Tensor], most: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], ...]:
+    """Units that keep their state at this update."""
+    found: list[NDArray[np.bool_]] = []
+    for v, mask, recent, n in zip(values, masks, young, most, strict=True):
+        hold = recent.numpy().copy()
+        dormant = np.flatnonzero(~mask.numpy())
+        hold[dormant[np.argsort(-v[dormant], kind="stable")[n:]]] = True
+        found.append(hold)
+    return tuple(found)
