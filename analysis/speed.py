@@ -19,10 +19,12 @@ A second plain side gives A/A, the resolution of the measurement: a ratio inside
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 
 import numpy as np
 import torch
@@ -80,7 +82,34 @@ def ratio(a: Times, b: Times, summary: Callable[[Times], Times], draws: int = 40
     return Ratio(float(summary(a) / summary(b)), float(low), float(high))
 
 
-def trainer(work: Workload, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def size_in_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(
+        t.untyped_storage().nbytes() for t in {t.untyped_storage().data_ptr(): t for t in tensors}.values()
+    )
+
+
+def extra_bytes(controller: cp.Controller) -> int:
+    """All tensors that can be reached from the controller and are not the user's."""
+    model, optimizer = controller.plant.model, controller.plant.optimizer
+    seen: set[int] = {id(model), id(optimizer)}
+    found: list[Tensor] = []
+    waiting: list[object] = [controller]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, (type, ModuleType, FunctionType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Tensor):
+            found.append(thing)
+        else:
+            waiting += gc.get_referents(thing)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    return size_in_bytes([t for t in found if t.untyped_storage().data_ptr() not in own])
+
+
+def trainer(
+    work: Workload, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor
+) -> Callable[[], Tensor]:
     """One training step of the user's, and its loss."""
 
     def step() -> Tensor:
@@ -133,7 +162,8 @@ def pruned_side(
 
 def halved(work: Workload, share: float) -> tuple[int, ...]:
     """`share` of every width, in multiples of 8 where there are that many."""
-    return tuple(max(8, round(n * share / 8) * 8) if n >= 16 else max(1, round(n * share)) for n in work.dense)
+    step = [8 if n >= 16 else 1 for n in work.dense]
+    return tuple(max(s, round(n * share / s) * s) for n, s in zip(work.dense, step, strict=True))
 
 
 def native(arguments: argparse.Namespace) -> None:
@@ -176,8 +206,11 @@ def attached_side(
 
 
 def overhead(arguments: argparse.Namespace) -> None:
-    print(f"attached but unpruned over plain training, horizon {arguments.horizon} steps, before masks freeze")
-    print(f"{'net':6s} {'attached/plain':24s} {'plain/plain (A/A)':24s} {'counted':>8s} {'memory':>8s}  steps")
+    print(f"attached but unpruned over plain training; total_steps {arguments.horizon}, before masks freeze")
+    print("counted: CPU time inside the controller's own calls; memory: tensors it holds / parameters")
+    print(
+        f"{'net':6s} {'attached/plain':22s} {'plain/plain (A/A)':22s} {'counted':>8s} {'memory':>8s}  steps"
+    )
     for work in chosen(arguments, "cnn", "gpt"):
         x, y = work.batch()
         attached, controller = attached_side(work, x, y, arguments.horizon)
@@ -189,11 +222,12 @@ def overhead(arguments: argparse.Namespace) -> None:
         take_turns(sides, 1)
         before = controller.overhead_seconds
         times = take_turns(sides, arguments.pairs)
-        counted = (controller.overhead_seconds - before) / (times["attached"].sum() - controller.overhead_seconds + before)
+        spent = controller.overhead_seconds - before
+        counted = spent / (times["attached"].sum() - spent)
         found = [ratio(times[k], times["plain"], amortised) for k in ("attached", "again")]
-        memory = controller.extra_bytes() / sum(p.numel() * p.element_size() for p in controller.model.parameters())
+        memory = extra_bytes(controller) / size_in_bytes(list(controller.model.parameters()))
         print(
-            f"{work.name:6s} {found[0]!s:24s} {found[1]!s:24s} {counted:8.2%} {memory:8.2%}"
+            f"{work.name:6s} {found[0]!s:22s} {found[1]!s:22s} {counted:8.2%} {memory:8.2%}"
             f"  {arguments.pairs} x {arguments.chunk}",
             flush=True,
         )
@@ -245,8 +279,8 @@ def widths(arguments: argparse.Namespace) -> None:
             masked = ratio(times["dense"], times["masked"], typical)
             fraction = cost.value(at) / cost.value(work.dense)
             print(
-                f"{work.name:6s} {shown(at):28s} {fraction:6.3f} {faster!s:24s} {faster.value * fraction:10.2f} "
-                f"{masked.value:10.2f}",
+                f"{work.name:6s} {shown(at):28s} {fraction:6.3f} {faster!s:24s} "
+                f"{faster.value * fraction:10.2f} {masked.value:10.2f}",
                 flush=True,
             )
 
