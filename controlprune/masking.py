@@ -33,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 from .columns import Gather, Watch, gather, inner, per_unit, select_others
 from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
-from .shrink import Spot, at, cuts_of, fill_zero_, move, resting_rows
+from .shrink import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
 from .structure.extents import groups_in
 from .structure.groups import Structure
 from .structure.sizes import set_sizes
@@ -47,11 +47,20 @@ class Plant:
     """The user's model and optimizer, with any of its units switched off, masked or compact.
 
     `masks` holds one CPU bool tensor of N_g per group of `structure`, True = active. Every method
-    validates before it changes anything. `optimizer=None`: weights only.
+    validates before it changes anything. `optimizer=None`: weights only. `park_on`: the device on which
+    parked tensors wait while compact ("cpu" spares an accelerator's memory); None: beside the live ones.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        structure: Structure,
+        *,
+        park_on: torch.device | str | None = None,
+    ) -> None:
         self.model, self.optimizer, self.structure = model, optimizer, structure
+        self.park_on = None if park_on is None else torch.device(park_on)
         self.masks: Masks = _all_on(structure)
         self.compact = False
         self._hardened = False
@@ -81,13 +90,16 @@ class Plant:
             for g, (old, new) in enumerate(zip(self.masks, masks, strict=True))
             if not torch.equal(old, new) or (compact != self.compact and not new.all())
         }
+        switch = Switch(self.compact, compact, self.park_on)
+        if not changed and switch.now == switch.then:
+            return
         self._unhook()
         known: dict = {}
         with torch.no_grad():
             for spot in (s for s in self._spots if s.groups & changed):
                 tensor = tensors[spot.name]
                 cuts = cuts_of(spot, masks, tensor.device, known)
-                move(spot, tensor, self.optimizer, states[spot.name], cuts, self.compact, compact)
+                move(spot, tensor, self.optimizer, states[spot.name], cuts, switch)
         if changed and (compact or self.compact):
             widths = tuple(int(m.sum()) for m in masks) if compact else self.structure.sizes
             set_sizes(self.model, self.structure, widths)
@@ -151,7 +163,9 @@ class Plant:
 
         def parked(spot: Spot, dim: int) -> Tensor:
             assert spot.home is not None
-            columns = select_others(spot.home.index_select(dim, spot.cuts[dim].silent), spot, dim)
+            silent = spot.cuts[dim].silent
+            columns = spot.home.index_select(dim, silent.to(spot.home.device)).to(silent.device)
+            columns = select_others(columns, spot, dim)
             return inner(columns, columns, dim)
 
         with torch.no_grad():
@@ -179,6 +193,8 @@ class Plant:
         with torch.no_grad():
             for spot in self._spots:
                 unpack(spot, packed[spot.name], tensors[spot.name].device)
+        self._unhook()
+        self._hook(tensors)
 
     def _parsed(self, saved: Mapping[str, Tensor]) -> tuple[Masks, dict[str, dict[str, Tensor]]]:
         """The masks and, per tensor, what is parked; every error of a foreign `saved` is raised here."""

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 __all__ = ["Factored", "check_optimizer", "factored", "travelling", "travelling_dims"]
 
 Factored = frozenset[tuple[str, int, int]]  # (state key, its number of dimensions, a dimension it sums over)
+ADAFACTOR = {"row_var": -1, "col_var": -2}  # torch's: which dimension each factor is a mean over
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
@@ -47,14 +48,20 @@ def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> N
 
 
 def factored(optimizer: Optimizer | None) -> Factored:
-    """Which dimensions of which state are summed over, as far as the optimizer's parameters tell."""
+    """Which dimensions of which state are summed over: known, or told by the optimizer's parameters."""
+    states = {} if optimizer is None else optimizer.state
+    pairs = [
+        (parameter, key, value)
+        for parameter, entries in states.items()
+        for key, value in entries.items()
+        if isinstance(value, Tensor) and isinstance(parameter, Tensor) and value.ndim == parameter.ndim > 0
+    ]
+    known = ADAFACTOR if isinstance(optimizer, torch.optim.Adafactor) else {}
     return frozenset(
         (key, value.ndim, d)
-        for parameter, entries in ({} if optimizer is None else optimizer.state).items()
-        for key, value in entries.items()
-        if isinstance(value, Tensor) and isinstance(parameter, Tensor) and value.ndim == parameter.ndim
+        for parameter, key, value in pairs
         for d in range(value.ndim)
-        if value.shape[d] == 1 < parameter.shape[d]
+        if value.shape[d] == 1 < parameter.shape[d] or known.get(key) == d - value.ndim
     )
 
 

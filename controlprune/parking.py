@@ -63,5 +63,5 @@ def _dormant_entries(spot: Spot, home: Tensor) -> Tensor:
     out = torch.zeros(home.shape, dtype=torch.bool, device=home.device)
     dims = [d for d, (n, dense) in enumerate(zip(home.shape, spot.shape, strict=True)) if n == dense]
     for dim, index in at(along(spot.cuts, dims), "dormant").items():
-        out.index_fill_(dim, index, True)
+        out.index_fill_(dim, index.to(home.device), True)
     return out

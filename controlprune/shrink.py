@@ -10,6 +10,9 @@ the dormant ones, an entry is live iff its position is live in every dimension:
 Copies only: no arithmetic, hence bit-exact for every dtype. The order of the strides (channels_last, …)
 is kept, so that a shrunk tensor lies in memory as a natively built one does.
 
+Memory: compact, a touched tensor and its optimizer state take their dense size (the home, on `park_on` if
+given) and their live size; masked, twice their dense size; all of it is given back with the last unit.
+
 A `Spot` is one tensor of the model that units stand in. Its `home` (and one per state tensor of the
 optimizer) is dense, holds what is dormant, and exists only while something is; its live entries are
 stale. `move` goes from any cuts and layout to any other: make whole, then lay out anew. In the masked
@@ -37,6 +40,7 @@ __all__ = [
     "Cut",
     "Cuts",
     "Spot",
+    "Switch",
     "along",
     "at",
     "cuts_of",
@@ -132,6 +136,15 @@ class Spot:
         return torch.Size([size(extent) for extent in self.extents])
 
 
+@dataclass(frozen=True)
+class Switch:
+    """From one layout to another: is it and will it be compact, and where do homes wait while compact?"""
+
+    now: bool
+    then: bool
+    park_on: torch.device | None  # None: beside the live tensor
+
+
 def cuts_of(
     spot: Spot, masks: Sequence[Tensor], device: torch.device, known: dict[CutKey, Cut | None]
 ) -> dict[int, Cut]:
@@ -159,25 +172,23 @@ def move(
     optimizer: Optimizer | None,
     state: Mapping[str, tuple[int, ...]],
     cuts: Cuts,
-    now: bool,
-    then: bool,
+    switch: Switch,
 ) -> None:
     """Take `tensor`, its gradient and its optimizer state from `spot.cuts` to `cuts`.
 
-    `state`: which state tensors travel, along which dimensions. `now`, `then`: whether the layout is
-    and will be compact.
+    `state`: which state tensors travel, along which dimensions.
     """
     homes = {}
     for key, dims in state.items():
         assert optimizer is not None
         entries = optimizer.state[tensor]
-        entries[key], homes[key] = _moved_state(spot, key, dims, entries[key], cuts, now, then)
+        entries[key], homes[key] = _moved_state(spot, key, dims, entries[key], cuts, switch)
     grad, tensor.grad = tensor.grad, None
     if grad is not None:
-        grad = _moved_grad(spot, grad, cuts, now, then)
+        grad = _moved_grad(spot, grad, cuts, switch)
     kept: Part = "dormant" if spot.is_parameter else "silent"
-    full = _whole(tensor, spot.home, spot.cuts, now, kept)
-    live, spot.home = _laid_out(full, cuts, then, kept, "silent")
+    full = _whole(tensor, spot.home, spot.cuts, switch, kept)
+    live, spot.home = _laid_out(full, cuts, switch, kept, "silent")
     if live is not tensor:
         set_data(tensor, live)
     tensor.grad = grad
@@ -206,21 +217,22 @@ def along(cuts: Cuts, dims: Iterable[int]) -> dict[int, Cut]:
     return {dim: cuts[dim] for dim in dims if dim in cuts}
 
 
-def _whole(live: Tensor, home: Tensor | None, cuts: Cuts, compact: bool, kept: Part) -> Tensor:
+def _whole(live: Tensor, home: Tensor | None, cuts: Cuts, switch: Switch, kept: Part) -> Tensor:
     """The dense tensor with every entry its true value; `live` itself where it is dense already."""
     if not cuts or home is None:
         return live
-    if compact:
-        return put_(home, at(cuts, "live"), live)
+    if switch.now:
+        return put_(home.to(live.device), at(cuts, "live"), live)
     return restore_(live, home, at(cuts, kept))
 
 
 def _laid_out(
-    full: Tensor, cuts: Cuts, compact: bool, kept: Part, zero: Part
+    full: Tensor, cuts: Cuts, switch: Switch, kept: Part, zero: Part
 ) -> tuple[Tensor, Tensor | None]:
     """The live tensor, and the home of what is dormant (if anything is)."""
-    if compact and cuts:
-        return select(full.detach(), at(cuts, "live")), full.detach()
+    if switch.then and cuts:
+        home = full.detach()
+        return select(home, at(cuts, "live")), home if switch.park_on is None else home.to(switch.park_on)
     if not at(cuts, kept):
         return full, None
     home = full.detach().clone()
@@ -228,25 +240,30 @@ def _laid_out(
 
 
 def _moved_state(
-    spot: Spot, key: str, dims: tuple[int, ...], live: Tensor, cuts: Cuts, now: bool, then: bool
+    spot: Spot,
+    key: str,
+    dims: tuple[int, ...],
+    live: Tensor,
+    cuts: Cuts,
+    switch: Switch,
 ) -> tuple[Tensor, Tensor | None]:
     home = spot.state_home.get(key)
     if home is not None:  # its dense shape tells without doubt
         dims = tuple(d for d, n in enumerate(home.shape) if n == spot.shape[d])
     old, new = along(spot.cuts, dims), along(cuts, dims)
-    if home is None and now and old:  # it appeared while units were away: zero for them
+    if home is None and switch.now and old:  # it appeared while units were away: zero for them
         home = _zeros(live, spot, old)
-    if home is None and not now:  # likewise; weight decay may have left something
+    if home is None and not switch.now:  # likewise; weight decay may have left something
         fill_zero_(live, at(old, "dormant"))
-    full = _whole(live, home, old, now, "dormant")
-    return _laid_out(full, new, then, "dormant", "dormant")
+    full = _whole(live, home, old, switch, "dormant")
+    return _laid_out(full, new, switch, "dormant", "dormant")
 
 
-def _moved_grad(spot: Spot, grad: Tensor, cuts: Cuts, now: bool, then: bool) -> Tensor:
+def _moved_grad(spot: Spot, grad: Tensor, cuts: Cuts, switch: Switch) -> Tensor:
     """Gradients of dormant entries do not travel: zero where a unit returns."""
-    if now and spot.cuts:
+    if switch.now and spot.cuts:
         grad = put_(_zeros(grad, spot, spot.cuts), at(spot.cuts, "live"), grad)
-    if then and cuts:
+    if switch.then and cuts:
         return select(grad, at(cuts, "live"))
     return fill_zero_(grad, at(cuts, "dormant"))
 
@@ -255,5 +272,5 @@ def _zeros(live: Tensor, spot: Spot, cuts: Cuts) -> Tensor:
     """Zeros like `live`, but dense along the cut dimensions; strides in the parameter's order."""
     shape = torch.Size([spot.shape[d] if d in cuts else n for d, n in enumerate(live.shape)])
     if spot.home is not None and spot.home.shape == shape:
-        return torch.zeros_like(spot.home, dtype=live.dtype)
+        return torch.zeros_like(spot.home, dtype=live.dtype, device=live.device)
     return live.new_zeros(shape)

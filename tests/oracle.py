@@ -21,7 +21,8 @@ def cut(tensor: Tensor, extents: Sequence, masks: Sequence[Tensor]) -> Tensor:
     """The live entries of a dense tensor."""
     for dim, extent in enumerate(extents):
         if tensor.shape[dim] == size(extent):  # factored state has length 1 where the parameter has more
-            tensor = tensor.index_select(dim, keep(extent, masks).nonzero().flatten())
+            live = keep(extent, masks).nonzero().flatten()
+            tensor = tensor.index_select(dim, live.to(tensor.device))
     return tensor.clone()
 
 

@@ -504,3 +504,43 @@ def test_masks_never_recompile_and_a_shrink_does_once() -> None:
     assert train() == 2
     plant.release()
     assert train() == 2  # the dense one is still known
+
+
+def test_a_resumed_plant_observes_as_the_one_that_was_saved() -> None:
+    model, structure, x, y = oracle.make("mlp", 22)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
+    plant = Plant(model, optimizer, structure)
+    plant.apply(half(structure), compact=False)
+    other, _, _, _ = oracle.make("mlp", 23)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.1, weight_decay=0.5)
+    resumed = Plant(other, other_optimizer, structure)
+    resumed.load_state_dict(plant.state_dict())
+    other.load_state_dict(model.state_dict())
+    seen = []
+    for net, opt, which in ((model, optimizer, plant), (other, other_optimizer, resumed)):
+        backward(net, x, y)
+        opt.step()
+        opt.zero_grad()
+        backward(net, x, y)
+        seen.append(which.gate_gradients())
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator beside the CPU")
+@pytest.mark.parametrize("park_on", [None, "cpu"])
+def test_parked_elsewhere(park_on: str | None) -> None:
+    model, structure, x, y = oracle.make("residual", 24)
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.1, fused=True)
+    plant = Plant(model, optimizer, structure, park_on=park_on)
+    for seed, compact in enumerate([True, False, True, True, False]):
+        masks = half(structure, seed)
+        small = oracle.small_copy(model, structure, masks)
+        plant.apply(masks, compact=compact)
+        torch.testing.assert_close(model(x), small(x))
+        backward(model, x, y)
+        plant.gate_gradients(), plant.weight_norms()
+        optimizer.step()
+        optimizer.zero_grad()
+        plant.release()
+    assert all(p.is_cuda for p in model.parameters())

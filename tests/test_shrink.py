@@ -106,3 +106,11 @@ def test_a_lone_unit_is_told_by_the_other_parameters() -> None:
     summed = factored(optimizer)
     assert summed == {("row_var", 2, 1), ("col_var", 2, 0)}
     assert travelling(optimizer, lone, "w", summed) == {"row_var": (0,), "col_var": (1,)}
+
+
+def test_torch_s_adafactor_is_known_without_company() -> None:
+    lone = nn.Parameter(torch.randn(3, 1))
+    optimizer = torch.optim.Adafactor([lone])
+    lone.sum().backward()
+    optimizer.step()
+    assert travelling(optimizer, lone, "w", factored(optimizer)) == {"row_var": (0,), "col_var": (1,)}
