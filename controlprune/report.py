@@ -13,6 +13,7 @@ from .cost.flops import flops
 from .cost.params import parameters
 from .cost.polynomial import Polynomial
 from .history import History
+from .setting import width_steps
 from .structure.groups import Structure
 
 __all__ = [
@@ -117,10 +118,10 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _ranges_table(structure: Structure) -> str:
-    """From one unit per group to dense."""
+    """From the floor that `attach` keeps in every group to dense."""
     named = {"flops": ("FLOP", flops(structure)), "params": ("", parameters(structure))}
     ranges = feasible_range(
-        [cost for _, cost in named.values()], [1] * len(structure.groups), structure.sizes
+        [cost for _, cost in named.values()], width_steps(structure.sizes, None), structure.sizes
     )
     rows = [
         [name, _percent(least / dense), "100.0 %", quantity(least, unit), quantity(dense, unit)]
