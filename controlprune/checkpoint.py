@@ -1,14 +1,19 @@
-"""The user's own checkpoints keep working: widths travel with `model.state_dict()`.
+"""The user's own checkpoints keep working: which units are on travels with them.
 
-The keys of the state dict stay the user's. Which units its tensors hold is written beside them, in the
-metadata that torch keeps and saves with every state dict; when such a dict is loaded into an attached
-model, the model first takes these widths on. An optimizer state that arrives before the model has its
-shapes waits until it fits. The hooks come off with the controller.
+The keys of `model.state_dict()` stay the user's: masks and layout are written beside them, in the metadata
+that torch keeps and saves with every state dict; `optimizer.state_dict()` has them as one entry more. When
+such a dict is loaded into an attached model or its optimizer, the plant first goes to the masks it was
+saved at, so any order of loading works. A dict without them
+
+    fits the present widths, and dormant columns are zero in it     is loaded as it is
+    is dense                                                        is loaded with every unit on
+    anything else                                                   is refused (optimizer: it waits)
+
+`deepcopy` and `pickle` of an attached model give a plain one: in it the hooks do nothing.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .links import Link
 from .masking import Plant
+from .shrink import at
+from .structure.extents import size
 
 __all__ = ["Checkpoints"]
 
@@ -31,55 +39,110 @@ class Checkpoints:
     ):
         self.plant, self.optimizer, self.relayout = plant, optimizer, relayout
         self.waiting: dict[Tensor, Any] = {}
-        save, load, arrive = _closures(weakref.ref(self))
         self.handles = [
-            plant.model.register_state_dict_post_hook(save),
-            plant.model.register_load_state_dict_pre_hook(load),
-            optimizer.register_load_state_dict_post_hook(arrive),
+            plant.model.register_state_dict_post_hook(Link(self, Checkpoints._save_model)),
+            plant.model.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_model)),
+            optimizer.register_state_dict_post_hook(Link(self, Checkpoints._save_optimizer)),
+            optimizer.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_optimizer)),
+            optimizer.register_load_state_dict_post_hook(Link(self, Checkpoints._arrived)),
         ]
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def describe(self) -> dict[str, Any]:
+    # --- the hooks ------------------------------------------------------------------------------
+
+    def _save_model(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        metadata[KEY] = self._describe()
+
+    def _load_model(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        saved = metadata.get(KEY)
+        if saved is None:
+            self._take_unmarked(state, prefix)
+        else:
+            masks, compact = self._parsed(saved)
+            wrong = self._misfit(state, prefix, masks if compact else None)
+            if wrong:
+                raise ValueError(f"state_dict: {wrong} has not the shape that its masks say; it is corrupt")
+            self.relayout(masks, compact)
+
+    def _save_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        state[KEY] = self._describe()
+
+    def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        self.waiting.clear()
+        count = [len(group["params"]) for group in state["param_groups"]]
+        if count != [len(group["params"]) for group in optimizer.param_groups]:
+            return  # torch refuses it
+        if KEY in state:
+            self.relayout(*self._parsed(state[KEY]))
+
+    def _arrived(self, optimizer: Optimizer) -> None:
+        self.set_aside()
+
+    # --- masks that travel ----------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, Any]:
         names = self.plant.structure.names
         masks = {name: mask.clone() for name, mask in zip(names, self.plant.masks, strict=True)}
         return {"masks": masks, "compact": self.plant.compact}
 
-    def take_on(self, state: Mapping[str, Any], prefix: str, saved: Mapping[str, Any] | None) -> None:
-        """Bring the plant to the widths of the state dict that is about to be loaded."""
-        if saved is None:
-            wrong = self._misfits(state, prefix)
-            if not wrong:
-                return
-            self.relayout(tuple(torch.ones_like(m) for m in self.plant.masks), False)
-            wrong = self._misfits(state, prefix)
-            if wrong:
-                raise ValueError(
-                    f"state_dict: {wrong} has neither the dense shape nor that of the present widths, and the "
-                    "dict does not say which units it holds; load it with controlprune.load, or load the "
-                    "controller's state_dict first"
-                )
-            return
-        names = self.plant.structure.names
-        if set(saved["masks"]) != set(names):
+    def _parsed(self, saved: Any) -> tuple[tuple[Tensor, ...], bool]:
+        try:
+            masks, compact = dict(saved["masks"]), bool(saved["compact"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"state_dict: what it says of masks cannot be read ({error!r})") from error
+        structure = self.plant.structure
+        sizes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        if sizes != {name: (n,) for name, n in zip(structure.names, structure.sizes, strict=True)}:
             raise ValueError(
-                f"state_dict: it was saved from a model with the groups {sorted(saved['masks'])[:4]}…, "
-                f"this one has {sorted(names)[:4]}…: it belongs to another model"
+                f"state_dict: it was saved from a model with the groups {_few(sizes)}, this one "
+                f"has {_few(dict(zip(structure.names, structure.sizes, strict=True)))}: it is another model's"
             )
-        self.relayout(tuple(saved["masks"][name].cpu() for name in names), bool(saved["compact"]))
+        return tuple(masks[name].cpu() for name in structure.names), compact
 
-    def _misfits(self, state: Mapping[str, Any], prefix: str) -> str:
-        tensors = self.plant.tensors()
-        for name in self.plant.structure.tensors:
+    def _take_unmarked(self, state: Mapping[str, Any], prefix: str) -> None:
+        """A dict that does not say which units it holds."""
+        plant = self.plant
+        present = plant.masks if plant.compact else None
+        if not self._misfit(state, prefix, present) and (plant.compact or self._quiet(state, prefix)):
+            return
+        wrong = self._misfit(state, prefix, None)
+        if wrong:
+            raise ValueError(
+                f"state_dict: {wrong} has neither the dense shape nor that of the present widths, and "
+                "the dict does not say which units it holds; load it with controlprune.load, or load the "
+                "controller's state_dict first"
+            )
+        self.relayout(tuple(torch.ones_like(m) for m in plant.masks), False)
+
+    def _misfit(self, state: Mapping[str, Any], prefix: str, masks: tuple[Tensor, ...] | None) -> str:
+        """The first tensor whose shape is not that of the given masks (`None`: dense)."""
+        widths = None if masks is None else [int(m.sum()) for m in masks]
+        for name, extents in self.plant.structure.tensors.items():
             value = state.get(prefix + name)
-            if isinstance(value, Tensor) and value.shape != tensors[name].shape:
+            if isinstance(value, Tensor) and tuple(value.shape) != tuple(size(e, widths) for e in extents):
                 return prefix + name
         return ""
 
+    def _quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
+        """Is nothing of dormant units read in this dense dict?"""
+        for spot in self.plant.spots:
+            value = state.get(prefix + spot.name)
+            for dim, index in at(spot.cuts, "silent").items():
+                if isinstance(value, Tensor) and value.index_select(dim, index.to(value.device)).any():
+                    return False
+        return True
+
+    # --- optimizer state that does not say its masks --------------------------------------------
+
     def set_aside(self) -> None:
-        """Optimizer state whose shape is not the parameter's waits; what waited and now fits goes in."""
+        """Optimizer state whose shape is not the parameter's waits until it is."""
         for parameter, state in list(self.optimizer.state.items()):
             if not _fits(parameter, state):
                 self.waiting[parameter] = self.optimizer.state.pop(parameter)
@@ -93,8 +156,8 @@ class Checkpoints:
         if self.waiting:
             shapes = [tuple(p.shape) for p in self.waiting][:3]
             raise RuntimeError(
-                f"optimizer: the state that was loaded does not fit the model's present widths (parameters of "
-                f"shape {shapes}); load the model's or the controller's state_dict of the same checkpoint too"
+                f"optimizer: the state that was loaded does not fit the model's present widths (shapes "
+                f"{shapes}); load the model's or controller's state_dict of the same checkpoint too"
             )
 
 
@@ -105,28 +168,6 @@ def _fits(parameter: Tensor, state: Any) -> bool:
     return all(all(s in (p, 1) for s, p in zip(x.shape, parameter.shape, strict=True)) for x in tensors)
 
 
-def _closures(reference: weakref.ref[Checkpoints]) -> tuple[Callable[..., None], ...]:
-    """Plain functions: a deep copy of the model copies them as they are, and they ignore the copy."""
-
-    def mine(module: nn.Module) -> Checkpoints | None:
-        owner = reference()
-        return owner if owner is not None and owner.plant.model is module else None
-
-    def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        owner = mine(module)
-        if owner is not None and not all(bool(m.all()) for m in owner.plant.masks):
-            metadata[KEY] = owner.describe()
-
-    def load(
-        module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        owner = mine(module)
-        if owner is not None:
-            owner.take_on(state, prefix, metadata.get(KEY))
-
-    def arrive(optimizer: Optimizer) -> None:
-        owner = reference()
-        if owner is not None and owner.optimizer is optimizer:
-            owner.set_aside()
-
-    return save, load, arrive
+def _few(sizes: Mapping[str, object]) -> str:
+    listed = [f"{name} {value}" for name, value in list(sizes.items())[:3]]
+    return ", ".join(listed) + (", …" if len(sizes) > 3 else "")

@@ -9,6 +9,7 @@ loss or gradients are not finite, is not observed, and counted.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -28,7 +29,8 @@ from .budget import Budget, Price
 from .checkpoint import Checkpoints
 from .gates import Experiment
 from .history import History, Record
-from .masking import Plant
+from .links import Link
+from .masking import Plant, checked
 from .policies.base import Decision, Policy, Setting
 from .policies.control import Control
 from .probe import probe
@@ -49,7 +51,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Controller]] = weakr
 
 @dataclass(frozen=True)
 class Cost:
-    """A resource: its use now and by the dense model, in `unit` (flops: one forward on the example inputs)."""
+    """A resource: its use now and when dense, in `unit` (FLOP: one forward of the example inputs)."""
 
     value: float
     dense: float
@@ -79,7 +81,8 @@ def attach(
     it. Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
     ValueError name the argument; InfeasibleBudget carries the range that can be reached.
     """
-    _check_arguments(model, optimizer, budget, total_steps)
+    policy = Control() if policy is None else policy
+    _check_arguments(model, optimizer, budget, total_steps, policy)
     structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
     if not structure.groups:
         reasons = (
@@ -95,13 +98,15 @@ def attach(
         batch=_batch_size(example_inputs),
         seed=seed,
     )
-    return Controller(model, optimizer, setting, policy if policy is not None else Control())
+    return Controller(model, optimizer, setting, policy)
 
 
-def _check_arguments(model: object, optimizer: object, budget: object, total_steps: object) -> None:
+def _check_arguments(
+    model: object, optimizer: object, budget: object, total_steps: object, policy: object
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
@@ -113,6 +118,8 @@ def _check_arguments(model: object, optimizer: object, budget: object, total_ste
         raise ValueError(
             f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
         )
+    if not callable(getattr(policy, "begin", None)):
+        raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
     reference = _attached.get(model)
     if reference is not None and reference() is not None:
         raise RuntimeError(
@@ -144,20 +151,23 @@ class Controller:
     """A running loop. `step(loss)` after `optimizer.step()`; `finalize()` at the end."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, setting: Setting, policy: Policy) -> None:
-        self._setting = setting
+        self._setting, self._policy = setting, policy
         self._plant = Plant(model, optimizer, setting.structure)
         self._loop = policy.begin(setting)
         self._recorder = Recorder(model)
         self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
-        self._hook = optimizer.register_step_pre_hook(_step_hook(weakref.ref(self)))
+        self._hook = optimizer.register_step_pre_hook(Link(self, Controller._observe))
+        self._followers: list[Plant] = []
         structure = setting.structure
-        self.history = History(structure.names, structure.sizes, setting.budget, setting.total_steps)
+        self.history = _new_history(setting)
         self.steps = 0
         self.skipped = 0  # losses or gradients that were not finite, and steps the optimizer skipped
         self._bad_in_a_row = 0
-        self._seen: str = ""  # what the optimizer's hook saw since the last step(): "", "good", "bad", "none"
-        self._losses: list[Tensor] = []
-        self._rows: list[Tensor] = []  # gate gradients that the loop has not seen yet
+        self._ran = False  # the optimizer, since the last step()
+        self._gradients = True  # there were some when it ran
+        self._row: Tensor | None = None  # the gate gradient read then, if it was
+        self._latest: Tensor | None = None  # the row of the last step that was read
+        self._unread: list[tuple[Tensor, bool, Tensor | None]] = []  # loss, ran, row: yet to be read
         self._loss = math.nan
         self._overhead = 0.0
         self._began = time.process_time()
@@ -166,8 +176,7 @@ class Controller:
         _attached[model] = weakref.ref(self)
         if structure.refused:
             log.info("%d index spaces are left alone; see controller.report()", len(structure.refused))
-        if self._loop.wants_batch(1):
-            self._recorder.arm()
+        self._arm()
 
     # --- what the user reads --------------------------------------------------------------------
 
@@ -227,46 +236,29 @@ class Controller:
 
     # --- the loop -------------------------------------------------------------------------------
 
-    def _observe(self) -> None:
-        """Before the optimizer runs: are there gradients, are they finite, what do the gates see?"""
+    def _observe(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Before the optimizer runs: are there gradients, and what do the gates see?"""
         started = time.process_time()
         self._checkpoints.require_admitted()
-        self._seen = "good"
-        if self._loop.wants_gradients(self.steps + 1):
-            if not self._plant.has_gradients:
-                self._seen = "none"
-                return
-            self._rows.append(_unscaled(self._plant.gate_gradient(), self._plant.optimizer))
-            if self._rows[0].device.type == "cpu":
-                self._seen = self._read_rows()
+        self._ran, self._gradients, self._row = True, self._plant.has_gradients, None
+        if self._gradients and self._loop.wants_gradients(self.steps + 1):
+            row = _unscaled(self._plant.gate_gradient(), optimizer)
+            absent = ~torch.cat(self._plant.masks).to(row.device)
+            self._row = row.masked_fill(absent, math.nan) if self._plant.compact else row
         self._overhead += time.process_time() - started
-
-    def _read_rows(self) -> str:
-        """Hand what was seen to the loop: one synchronisation on a GPU for all steps since the last call."""
-        if not self._rows:
-            return "good"
-        rows = torch.stack(self._rows).cpu()
-        self._rows.clear()
-        absent = ~torch.cat(self._plant.masks) if self._plant.compact else None
-        unknown = torch.full_like(rows[0], math.nan)
-        finite = rows.sum(1).isfinite().tolist()
-        for row, good in zip(rows, finite, strict=True):
-            if good:
-                self._loop.observe(row if absent is None else row.masked_fill(absent, math.nan), unknown)
-        return "good" if all(finite) else "bad"
 
     def step(self, loss: Tensor | float) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
-        if not self._live:
-            raise RuntimeError("step: this controller was finalized or detached; attach a new one")
+        self._require_live("step")
         started = time.process_time()
-        seen, self._seen = self._seen, ""
-        if seen == "none":
+        value = _scalar(loss)
+        if self._ran and not self._gradients:
             raise RuntimeError(
                 "step: no parameter of the prunable layers had a gradient when optimizer.step() ran; call "
-                "loss.backward() before it, and attach to the model that is trained"
+                "loss.backward() before it, zero_grad() after it, and train the model that is attached"
             )
-        self._take_loss(loss)
+        self._unread.append((value, self._ran, self._row))
+        self._ran, self._row = False, None
         self.steps += 1
         if self.steps == self._setting.total_steps + 1:
             warnings.warn(
@@ -275,51 +267,47 @@ class Controller:
                 stacklevel=2,
             )
         due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
-        if due or self._losses[-1].device.type == "cpu":
-            self._flush_losses()
-        if due and self._read_rows() == "bad":
-            seen = "bad"
-        self._count(seen)
+        if due or value.device.type == "cpu":
+            self._read()
         if due:
             self._update()
-        if self.steps < self._setting.total_steps and self._loop.wants_batch(self.steps + 1):
-            self._recorder.arm()
+        self._arm()
         self._overhead += time.process_time() - started
 
-    def _take_loss(self, loss: Tensor | float) -> None:
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated"
-                )
-            self._losses.append(loss.detach().reshape(()))
-        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
-            self._losses.append(torch.tensor(float(loss)))
-        else:
-            raise TypeError(f"loss={type(loss).__name__}: give the scalar loss tensor of this step")
+    def _arm(self) -> None:
+        if self.steps < self._setting.total_steps and self._loop.wants_batch(self.steps + 1):
+            self._recorder.arm()
 
-    def _flush_losses(self) -> None:
-        """Read the losses since the last flush: one synchronisation on a GPU, not one per step."""
-        values = torch.stack([x.float() for x in self._losses]).tolist() if self._losses else []
-        self._losses.clear()
-        for value in values:
-            if math.isfinite(value):
-                self._loss = value
-                self._loop.watch(self.steps, value)
-            else:
-                self._count("bad")
+    def _read(self) -> None:
+        """Hand the steps since the last reading to the loop: on a GPU one synchronisation for all of them."""
+        losses = torch.stack([loss.float() for loss, _, _ in self._unread]).tolist() if self._unread else []
+        rows = [row for _, _, row in self._unread if row is not None]
+        seen = iter(torch.stack(rows).cpu() if rows else ())
+        on = torch.cat(self._plant.masks)
+        unknown = torch.full(on.shape, math.nan)
+        for loss, (_, ran, row) in zip(losses, self._unread, strict=True):
+            row = None if row is None else next(seen)
+            good = ran and math.isfinite(loss) and (row is None or bool(row[on].isfinite().all()))
+            self._count(good)
+            if math.isfinite(loss):
+                self._loss = loss
+                self._loop.watch(self.steps, loss)
+            self._latest = row if good else None
+            if good and row is not None:
+                self._loop.observe(row, unknown)
+        self._unread.clear()
 
-    def _count(self, seen: str) -> None:
-        if seen == "good":
+    def _count(self, good: bool) -> None:
+        if good:
             self._bad_in_a_row = 0
             return
         self.skipped += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row == REPEATED:
             warnings.warn(
-                f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, or "
-                "the optimizer skipped them); the masks hold until one is good",
-                stacklevel=3,
+                f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, "
+                "or the optimizer skipped them); the masks hold until one is good",
+                stacklevel=4,
             )
 
     def _update(self) -> None:
@@ -334,7 +322,7 @@ class Controller:
             self._calibrate(batch)
         before, was_compact = plant.masks, plant.compact
         decision = self._loop.decide(self.steps, plant.masks, plant.compact)
-        self._apply(decision)
+        self._relayout(decision.masks, decision.compact)
         self._write(decision, before, was_compact)
 
     def _calibrate(self, batch: Batch) -> None:
@@ -356,22 +344,24 @@ class Controller:
             ]
             self._loop.learn(self.steps, plant.masks, outcomes)
         if self._loop.wants_probe(self.steps, plant.compact):
-            gradients = probe(plant, batch).cpu()
             live = torch.cat(plant.masks)
+            gradients = probe(plant, batch).cpu()
+            if self._latest is not None:
+                gradients = gradients * _relative_scale(self._latest[live], gradients[live])
             self._loop.observe(gradients.masked_fill(live, math.nan), torch.full_like(gradients, math.nan))
             self._event = "probe"
 
-    def _apply(self, decision: Decision) -> None:
-        self._relayout(decision.masks, decision.compact)
-
-    def _relayout(self, masks: tuple[Tensor, ...], compact: bool) -> None:
+    def _relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
+        """The one way to other masks or the other layout."""
         compact = compact and not all(bool(m.all()) for m in masks)
         same = all(torch.equal(a, b) for a, b in zip(masks, self._plant.masks, strict=True))
         if not same or compact != self._plant.compact:
-            self._read_rows()
+            self._read()
             self._checkpoints.set_aside()
             self._plant.apply(masks, compact=compact)
             self._checkpoints.admit()
+            for follower in self._followers:
+                follower.apply(masks, compact=compact)
 
     def _write(self, decision: Decision, before: tuple[Tensor, ...], was_compact: bool) -> None:
         plant = self._plant
@@ -403,46 +393,59 @@ class Controller:
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Exactly these masks until the next update; groups that are not named keep theirs."""
         self._require_live("set_masks")
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks={type(masks).__name__}: give a mapping from group name to a bool tensor")
         names = self._setting.structure.names
-        unknown = sorted(set(masks) - set(names))
+        unknown = [name for name in masks if name not in names]
         if unknown:
             raise ValueError(f"masks: no group is called {unknown[0]!r}; the groups are {', '.join(names)}")
-        self._read_rows()
         now = dict(zip(names, self._plant.masks, strict=True))
-        self._plant.apply([masks.get(name, now[name]) for name in names], compact=self._plant.compact)
+        wanted = [masks.get(name, now[name]) for name in names]
+        self._relayout(checked(wanted, self._setting.structure), self._plant.compact)
 
     def shrink(self) -> None:
         """Take dormant units out of the tensors, now."""
         self._require_live("shrink")
-        self._read_rows()
-        self._plant.apply(self._plant.masks, compact=True)
+        self._relayout(self._plant.masks, True)
 
     def expand(self) -> None:
         """Put them back, exactly; they stay dormant."""
         self._require_live("expand")
-        self._read_rows()
-        self._plant.apply(self._plant.masks, compact=False)
+        self._relayout(self._plant.masks, False)
+
+    def follow(self, model: nn.Module) -> None:
+        """Keep a copy of the model (an average of its weights, say) at the same units and layout.
+
+        `model`: a copy made while the attached one has its dense shapes, such as `AveragedModel(m).module`.
+        """
+        self._require_live("follow")
+        follower = Plant(model, None, self._setting.structure)
+        follower.apply(self._plant.masks, compact=self._plant.compact)
+        self._followers.append(follower)
 
     # --- the end --------------------------------------------------------------------------------
 
     def finalize(self) -> nn.Module:
         """The same model object, plain, dense and small, inside the budget; the optimizer stays valid."""
         self._require_live("finalize")
+        self._checkpoints.require_admitted()
         before, was_compact = self._plant.masks, self._plant.compact
         decision = self._loop.last(before)
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")
-        self._plant.apply(decision.masks, compact=True)
+        self._relayout(decision.masks, True)
         self._event = "finalize"
         self._write(decision, before, was_compact)
-        self._plant.harden()
+        for plant in (self._plant, *self._followers):
+            plant.harden()
         self._close()
         return self._plant.model
 
     def detach(self) -> nn.Module:
         """The model as it was found: dense, with all learned weights, no hooks."""
         self._require_live("detach")
-        self._plant.release()
+        for plant in (self._plant, *self._followers):
+            plant.release()
         self._close()
         return self._plant.model
 
@@ -455,48 +458,94 @@ class Controller:
 
     def _require_live(self, what: str) -> None:
         if not self._live:
-            raise RuntimeError(f"{what}: this controller was finalized or detached")
+            raise RuntimeError(f"{what}: this controller was finalized or detached; attach a new one")
 
     # --- saved and restored ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the loop needs to go on as if it had not stopped."""
+        """Everything the loop needs to go on as if it had not stopped: plain containers, a copy."""
+        self._require_live("state_dict")
+        self._read()
         structure = self._setting.structure
-        return {
+        state = {
             "format": FORMAT,
+            "policy": type(self._policy).__name__,
             "groups": dict(zip(structure.names, structure.sizes, strict=True)),
             "plant": self._plant.state_dict(),
             "loop": self._loop.state_dict(),
             "history": self.history.state_dict(),
-            "steps": self.steps,
-            "skipped": self.skipped,
+            "counts": [self.steps, self.skipped, self._bad_in_a_row],
             "loss": self._loss,
+            "seconds": [time.process_time() - self._began, self._overhead],
         }
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
         self._require_live("load_state_dict")
+        self._check_state(state)
+        try:
+            state = copy.deepcopy(dict(state))
+            loop = self._policy.begin(self._setting)
+            loop.load_state_dict(state["loop"])
+            _new_history(self._setting).load_state_dict(state["history"])
+            counts = tuple(int(n) for n in state["counts"])
+            times = tuple(float(x) for x in state["seconds"])
+            loss, (steps, skipped, bad), (seconds, overhead) = float(state["loss"]), counts, times
+            self._read()
+            self._checkpoints.set_aside()
+            self._plant.load_state_dict(state["plant"])
+        except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+            self._checkpoints.admit()
+            raise ValueError(
+                f"state_dict: it is corrupt or of another model ({type(error).__name__}: {error}); nothing "
+                "was changed, load one that this package wrote for this model"
+            ) from error
+        self._checkpoints.admit()
+        for follower in self._followers:
+            follower.apply(self._plant.masks, compact=self._plant.compact)
+        self._loop = loop
+        self.history.load_state_dict(state["history"])
+        self.steps, self.skipped, self._bad_in_a_row, self._loss = steps, skipped, bad, loss
+        self._overhead, self._began = overhead, time.process_time() - seconds
+        self._recorder.disarm()
+        self._arm()
+
+    def _check_state(self, state: object) -> None:
         structure = self._setting.structure
         if not isinstance(state, Mapping) or "format" not in state or "groups" not in state:
             raise ValueError("state_dict: this is not a controller's state_dict")
-        if state["format"] > FORMAT:
+        if not isinstance(state["format"], int) or state["format"] > FORMAT:
             raise ValueError(
-                f"state_dict: format {state['format']} was written by a newer controlprune; this one reads {FORMAT}"
+                f"state_dict: format {state['format']} was written by a newer controlprune; this one reads "
+                f"{FORMAT}: update the package"
             )
-        if dict(state["groups"]) != dict(zip(structure.names, structure.sizes, strict=True)):
+        if state["groups"] != dict(zip(structure.names, structure.sizes, strict=True)):
             raise ValueError("state_dict: its groups are not this model's; it belongs to another model")
-        missing = [k for k in ("plant", "loop", "history", "steps", "skipped", "loss") if k not in state]
+        needed = ("policy", "plant", "loop", "history", "counts", "loss", "seconds")
+        missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"state_dict: it is incomplete, {', '.join(missing)} missing")
-        self._checkpoints.set_aside()
-        self._plant.load_state_dict(state["plant"])
-        self._checkpoints.admit()
-        self._loop.load_state_dict(state["loop"])
-        self.history.load_state_dict(state["history"])
-        self.steps, self.skipped, self._loss = state["steps"], state["skipped"], state["loss"]
-        self._recorder.disarm()
-        if self._loop.wants_batch(self.steps + 1):
-            self._recorder.arm()
+        if state["policy"] != type(self._policy).__name__:
+            raise ValueError(
+                f"state_dict: it was saved under the policy {state['policy']}, this controller's is "
+                f"{type(self._policy).__name__}; attach with the same one"
+            )
+
+
+def _new_history(setting: Setting) -> History:
+    structure = setting.structure
+    return History(structure.names, structure.sizes, setting.budget, setting.total_steps)
+
+
+def _scalar(loss: object) -> Tensor:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
+        return loss.detach().reshape(())
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return torch.tensor(float(loss))
+    raise TypeError(f"loss={type(loss).__name__}: give the scalar loss tensor of this step")
 
 
 def _unscaled(row: Tensor, optimizer: Optimizer | None) -> Tensor:
@@ -510,10 +559,7 @@ def _unscaled(row: Tensor, optimizer: Optimizer | None) -> Tensor:
     return row / scale.to(row.device) if isinstance(scale, Tensor) else row
 
 
-def _step_hook(reference: weakref.ref[Controller]) -> Any:
-    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        controller = reference()
-        if controller is not None:
-            controller._observe()
-
-    return hook
+def _relative_scale(seen: Tensor, probed: Tensor) -> float:
+    """What the user did to the gradients between the loss and the optimizer: unscaling (AMP), clipping."""
+    scale = float((seen * probed).sum() / (probed * probed).sum().clamp_min(1e-30))
+    return scale if math.isfinite(scale) and scale > 0 else 1.0

@@ -21,7 +21,7 @@ Tensors = dict[str, Tensor]
 
 
 def dense_copies(plant: Plant) -> tuple[Tensors, Tensors]:
-    """(full, masked) of every parameter and buffer, detached; tensors in which nothing is dormant are shared."""
+    """(full, masked) of every parameter and buffer, detached; shared where nothing is dormant."""
     full, masked = {}, {}
     spots = {spot.name: spot for spot in plant.spots}
     with torch.no_grad():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .controller import Controller
 from .copies import compact_copies
 from .masking import Plant
-from .structure.extents import Concat, Extent, Fixed, Product, Units
+from .structure.extents import Concat, Extent, Fixed, Product, Units, size
 from .structure.groups import Group, SizeAttribute, Slice, Structure
 
 __all__ = ["load", "save"]
@@ -88,8 +88,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_same(structure: Structure, model: nn.Module, path: str | Path) -> None:
-    from .structure.extents import size
-
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, extents in structure.tensors.items():
         expected = tuple(size(e) for e in extents)
@@ -97,8 +95,8 @@ def _check_same(structure: Structure, model: nn.Module, path: str | Path) -> Non
             raise ValueError(f"model: it has no tensor {name!r}; {str(path)!r} was saved from another class")
         if tuple(own[name].shape) != expected:
             raise ValueError(
-                f"model: {name!r} has shape {tuple(own[name].shape)}, the dense model saved in {str(path)!r} had "
-                f"{expected}; give a dense model of the same configuration"
+                f"model: {name!r} has shape {tuple(own[name].shape)}, that saved in {str(path)!r} had, dense,"
+                f" {expected}; give a dense model of the same configuration"
             )
 
 

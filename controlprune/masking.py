@@ -38,7 +38,7 @@ from .structure.extents import groups_in
 from .structure.groups import Structure
 from .structure.sizes import set_sizes
 
-__all__ = ["Plant"]
+__all__ = ["Plant", "checked"]
 
 Masks = tuple[Tensor, ...]
 
@@ -81,7 +81,7 @@ class Plant:
             raise RuntimeError(
                 "this model was made small for good (harden); attach it anew to prune it further"
             )
-        masks = _checked(masks, self.structure)
+        masks = checked(masks, self.structure)
         tensors = _tensors(self.model)
         self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
@@ -202,7 +202,7 @@ class Plant:
         missing = {"compact", *(f"mask/{name}" for name in names)} - saved.keys()
         if missing:
             raise ValueError(f"saved: no {sorted(missing)[0]!r}; it was saved from another model")
-        masks = _checked([saved[f"mask/{name}"] for name in names], self.structure)
+        masks = checked([saved[f"mask/{name}"] for name in names], self.structure)
         packed: dict[str, dict[str, Tensor]] = {}
         known: dict = {}
         for spot in self._spots:
@@ -321,7 +321,7 @@ def _all_on(structure: Structure) -> Masks:
     return tuple(torch.ones(group.size, dtype=torch.bool) for group in structure.groups)
 
 
-def _checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
+def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
     """Own CPU copies of `masks`, or an error that names the group."""
     if len(masks) != len(structure.groups):
         raise ValueError(f"masks: got {len(masks)} for {len(structure.groups)} groups; give one for each")

@@ -41,7 +41,8 @@ def probe(plant: Plant, batch: Batch) -> Tensor:
                 for y, g in zip(outputs, batch.gradients, strict=True)
                 if g is not None and y.requires_grad
             ]
-            gradients = torch.autograd.grad(torch.stack(along).sum(), list(leaves.values()), allow_unused=True)
+            total = torch.stack(along).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     finally:
         if plant.compact:
             set_sizes(plant.model, plant.structure, widths)

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .links import Link
+
 __all__ = ["Batch", "Recorder", "float_leaves", "identify", "paired_difference", "undisturbed"]
 
 Rows = Callable[[list[Tensor]], Tensor]
@@ -60,7 +62,7 @@ class Recorder:
     def arm(self) -> None:
         if self._handle is None:
             self.batch = None
-            self._handle = self.model.register_forward_hook(self._record, with_kwargs=True)
+            self._handle = self.model.register_forward_hook(Link(self, Recorder._record), with_kwargs=True)
 
     def disarm(self) -> None:
         if self._handle is not None:

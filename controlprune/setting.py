@@ -19,7 +19,7 @@ __all__ = ["make_setting", "width_steps"]
 
 
 def width_steps(sizes: tuple[int, ...], round_to: int | None) -> tuple[int, ...]:
-    """Width step per group: `round_to`, at most the group; by default the power of two near N/16, at most 16."""
+    """Width step per group: `round_to`, or the power of two under N/16, at most 16."""
     if round_to is not None:
         if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
             raise ValueError(f"round_to={round_to!r}: give a whole number of units >= 1, or None")
