@@ -98,7 +98,7 @@ class ControlLoop:
         self.group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         self.update_every = control.update_every or min(200, max(1, setting.total_steps // 60))
         self.observe_every = control.observe_every or observation_spacing(setting)
-        self.calibrate_every = _calibrate_every(control, self.update_every)
+        self.calibrate_every = _calibrate_every(control, setting, self.update_every)
         memory = min(500.0, max(20.0, 0.05 * setting.total_steps / self.observe_every))
         self.decay = 1.0 - 1.0 / memory
         self.batch = setting.batch
@@ -369,12 +369,12 @@ _PLAIN = ("batch", "level", "at_budget", "updates", "watching")
 _TENSORS = ("window", "weights", "switched")
 
 
-def _calibrate_every(control: Control, update_every: int) -> int:
+def _calibrate_every(control: Control, setting: Setting, update_every: int) -> int:
     if not control.learned or control.trials == 0:
         return 0
     if control.calibrate_every is not None:
         return control.calibrate_every
-    return calibration_spacing(control.trials, update_every)
+    return calibration_spacing(setting, control.trials, update_every)
 
 
 def _widths(masks: Sequence[Tensor]) -> list[int]:

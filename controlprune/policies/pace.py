@@ -1,12 +1,18 @@
 """Pace: how often to observe and calibrate, and when a shrink pays. From counts, never from a clock:
 the same seed must give the same run.
 
-    observe     one observation reads weights and gradients of all readers, about 16 FLOPs' time an element;
-                spaced so that it takes at most `OBSERVATION_SHARE` of a step (≈ 3 forward passes)
-    calibrate   trials + 1 forward passes, a third of a step each; at most `CALIBRATION_SHARE` of the steps
+Times on a nominal CPU core, of which only ratios matter (a call: one small operator, Python included):
+
+    step        3 forward · FLOPs / RATE + 20 calls per counted operator
+    observe     one pass over weights and gradients of all readers: 30 calls + 6 per reader dimension
+                + 16 FLOPs an element; spaced to take at most `OBSERVATION_SHARE` of a step
+    calibrate   trials + 1 forward passes, a third of a step each, and `LEARNING` seconds; at most
+                `CALIBRATION_SHARE` of the steps
     shrink      pays if  saved · 3 · forward · steps left  >  bytes moved / bandwidth + 1 ms,
-                saved = 1 − C(n)/C(N), forward = FLOPs / FLOPS_PER_SECOND, every number moved with its
-                gradient and two states, read and written
+                saved = 1 − C(n)/C(N), every number moved with its gradient and two states, read and written
+
+A short run must still learn something: before 3/4 of the horizon there are at least `OBSERVATIONS`
+observations and `CALIBRATIONS` calibrations, whatever they take.
 """
 
 from __future__ import annotations
@@ -17,21 +23,33 @@ from .base import Setting
 
 __all__ = ["calibration_spacing", "observation_spacing", "shrink_pays"]
 
-OBSERVATION_SHARE = 0.01
-CALIBRATION_SHARE = 0.015
-COPY_BYTES_PER_SECOND = 2e9  # cautious guesses for a CPU core
+OBSERVATION_SHARE = 0.004
+CALIBRATION_SHARE = 0.01
+OBSERVATIONS, CALIBRATIONS = 400, 6
+RATE = 5e10  # FLOP per second of a step
+CALL = 6e-6  # seconds
+LEARNING = 0.02  # seconds that the gate network trains after a calibration
+COPY_BYTES_PER_SECOND = 2e9  # cautious guesses, for a shrink
 FLOPS_PER_SECOND = 2e10
+
+
+def _step_seconds(setting: Setting) -> float:
+    return 3.0 * setting.flops / RATE + 20 * CALL * len(setting.structure.work)
 
 
 def observation_spacing(setting: Setting) -> int:
     """Steps between observations."""
-    share = 16.0 * setting.elements / max(3.0 * setting.flops, 1.0)
-    return int(min(50, max(1, setting.total_steps // 3000, math.ceil(share / OBSERVATION_SHARE))))
+    readers = {(part.tensor, part.dim) for group in setting.structure.groups for part in group.readers}
+    seconds = CALL * (30 + 6 * len(readers)) + 16.0 * setting.elements / RATE
+    wanted = max(setting.total_steps / 3000, seconds / _step_seconds(setting) / OBSERVATION_SHARE)
+    return max(1, min(50, math.ceil(wanted), int(0.75 * setting.total_steps / OBSERVATIONS)))
 
 
-def calibration_spacing(trials: int, update_every: int) -> int:
+def calibration_spacing(setting: Setting, trials: int, update_every: int) -> int:
     """Updates between calibrations."""
-    return max(1, round((trials + 1) / 3.0 / CALIBRATION_SHARE / update_every))
+    step = _step_seconds(setting)
+    wanted = ((trials + 1) / 3.0 + LEARNING / step) / CALIBRATION_SHARE
+    return max(1, round(min(wanted, 0.75 * setting.total_steps / CALIBRATIONS) / update_every))
 
 
 def shrink_pays(setting: Setting, fraction: float, steps_left: int) -> bool:
