@@ -38,6 +38,9 @@ def small_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) 
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, leaf, new)
+    for alias, name in structure.aliases.items():
+        owner, _, leaf = alias.rpartition(".")
+        setattr(small.get_submodule(owner), leaf, small.get_parameter(name))
     for item in structure.attributes:
         module, value = small.get_submodule(item.module), size(item.extent, widths)
         if item.index is not None:
@@ -236,6 +239,24 @@ class Grouped(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Twice(nn.Module):
+    """One square weight used by two modules, both of its dimensions in one group; a BatchNorm in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6, bias=False)
+        self.norm = nn.BatchNorm1d(6)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x))
+        x = x + torch.tanh(self.first(x))
+        return self.head(torch.sigmoid(self.second(x)))
+
+
 Specification = list[tuple[str, int, list[tuple[str, int]], list[tuple[str, int]]]]
 
 
@@ -375,7 +396,22 @@ def concatenated_structure(model: Concatenated, batch: int) -> Structure:
 
 
 BATCH = 6
-SHAPES = {"mlp": (5,), "residual": (2, 4, 4), "concatenated": (4,), "attention": (4, 3), "grouped": (2, 4, 4)}
+SHAPES = {
+    "mlp": (5,),
+    "residual": (2, 4, 4),
+    "concatenated": (4,),
+    "attention": (4, 3),
+    "grouped": (2, 4, 4),
+    "twice": (4,),
+}
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Mlp,
+    "residual": Residual,
+    "concatenated": Concatenated,
+    "attention": Attention,
+    "grouped": Grouped,
+    "twice": Twice,
+}
 
 
 @lru_cache
@@ -387,8 +423,7 @@ def structure_of(net: str) -> Structure:
         return residual_structure(Residual(), BATCH)
     if net == "concatenated":
         return concatenated_structure(Concatenated(), BATCH)
-    model = Attention() if net == "attention" else Grouped()
-    return analyse(model, (torch.randn(BATCH, *SHAPES[net]),))
+    return analyse(NETS[net](), (torch.randn(BATCH, *SHAPES[net]),))
 
 
 def make(
@@ -397,13 +432,6 @@ def make(
     """A net by name with its structure, a batch of inputs and targets."""
     structure = structure_of(net)
     torch.manual_seed(seed)
-    nets: dict[str, Callable[[], nn.Module]] = {
-        "mlp": Mlp,
-        "residual": Residual,
-        "concatenated": Concatenated,
-        "attention": Attention,
-        "grouped": Grouped,
-    }
-    model = nets[net]().to(dtype).train()
+    model = NETS[net]().to(dtype).train()
     x = torch.randn(BATCH, *SHAPES[net], dtype=dtype)
     return model, structure, x, torch.randint(2, (BATCH,))
