@@ -23,6 +23,7 @@ from baselines import after, controlled, dense, from_scratch, static, structure_
 from measure import Results, bootstrap, machine, paired
 
 from controlprune.compare import Side, accuracy, count_flops, count_parameters, ratio, train
+from controlprune.policies.control import Control
 from controlprune.report import results_table
 from controlprune.structure.groups import Structure
 from controlprune.tasks import TASKS, Task, load
@@ -84,15 +85,18 @@ def piece(task: Task, structure: Structure, budget: float, seed: int, steps: int
     """All sides of one budget and seed; one row each."""
     widths = uniform_widths(structure, budget)
     control, controller = controlled(task, seed, budget, steps)
+    small, mover = controlled(task, seed, budget, steps, Control(start="budget"))
     sides = {
         "dense": dense(task, seed),
         "controlled": control,
+        "controlled, started small": small,
         "uniform from scratch": from_scratch(task, seed, structure, widths),
         "static": static(task, seed, structure, widths),
         "after": after(task, seed, structure, widths, steps),
     }
     train(list(sides.values()), steps)
     controller.finalize()
+    mover.finalize()
     relative = {name: ratio(side, sides["dense"]) for name, side in sides.items()}
     same = from_scratch(task, seed, structure, controller.history[-1].active)
     beside, together = dense(task, seed), min(PAIRED_STEPS, steps)
@@ -100,7 +104,8 @@ def piece(task: Task, structure: Structure, budget: float, seed: int, steps: int
     train([same], steps - together)
     sides["same from scratch"], relative["same from scratch"] = same, ratio(same, beside)
     common = {"task": task.name, "budget": budget, "seed": seed, "steps": steps, **machine()}
-    ends = {"controlled": controller.history[-1].active, "same from scratch": controller.history[-1].active}
+    last, moved = controller.history[-1].active, mover.history[-1].active
+    ends = {"controlled": last, "controlled, started small": moved, "same from scratch": last}
     return [
         {**common, "side": name, **_measured(task, side, sides["dense"]), "time": relative[name],
          "widths": ends.get(name, structure.sizes if name == "dense" else widths)}

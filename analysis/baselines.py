@@ -2,6 +2,7 @@
 
 - **dense**: the network as it is.
 - **controlled**: `controlprune.attach` with the budget.
+- **controlled, started small**: the same, beginning at the uniform allocation of the budget.
 - **uniform from scratch**: the same fraction of every group, trained from the start.
 - **static**: a random choice of that many units of the dense network, cut at step 0 (dense initialisation).
 - **after**: dense for two thirds of the steps, the units of largest readers kept, fine-tuned for the rest.

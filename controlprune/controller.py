@@ -176,7 +176,16 @@ class Controller:
         _attached[model] = weakref.ref(self)
         if structure.refused:
             log.info("%d index spaces are left alone; see controller.report()", len(structure.refused))
+        self._begin()
         self._arm()
+
+    def _begin(self) -> None:
+        """Below dense, where the policy starts there."""
+        decision = self._loop.first()
+        if decision is not None:
+            before = self._plant.masks
+            self._relayout(decision.masks, decision.compact)
+            self._write(decision, before, False)
 
     # --- what the user reads --------------------------------------------------------------------
 

@@ -22,13 +22,17 @@ masked, where they are observed for free and may come back; then the net shrinks
 over the steps that are left outweighs the copying, and stays compact through the later stages. At the
 budget the masks are revised every few updates, after a probe of what is absent: width moves to where it
 is worth most, and units return. From `freeze` on they hold.
+
+`start` begins below dense: at the uniform allocation of that fraction ("budget": at the budget itself), a
+random choice of units, compact from the first step. The run then never pays for the dense model, and is
+the directly trained small net that may still move its width to where it turns out to be worth more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +60,7 @@ class Control:
     invert: bool = True
     learned: bool = True  # False: the second-order score without the gate network
     trust: float = 0.5  # most weight that values get against the uniform allocation
+    start: float | Literal["budget"] | None = None  # fraction of dense to begin at; None: dense
     stages: int = 6  # steps of the reference on its way down
     update_every: int | None = None
     observe_every: int | None = None
@@ -81,6 +86,8 @@ class Control:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value!r}: give a number >= 0")
+        if not (self.start in (None, "budget") or _is_fraction(self.start)):
+            raise ValueError(f'start={self.start!r}: give a fraction of dense in (0, 1], "budget" or None')
         if self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: give a number >= 1")
 
@@ -115,6 +122,21 @@ class ControlLoop:
         self.at_budget = False  # was the budget reached before this update?
         self.updates = 0
         self.watching = False  # units switched off at the last update are still in the tensors
+
+    def first(self) -> Decision | None:
+        """Where to begin: nothing to do (dense), or the uniform allocation at `start`, units at random."""
+        start, budget = self.control.start, self.setting.budget
+        if start is None or not budget:
+            return None
+        above = [] if start == "budget" else [(start - r) / (1.0 - r) for r in budget.values() if r < 1.0]
+        self.level = max(0.0, *above, 0.0)
+        reference = self._staged()
+        masks = []
+        for size, width in zip(self.setting.structure.sizes, self._uniform(reference), strict=True):
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[torch.randperm(size, generator=self.random)[:width]] = True
+            masks.append(mask)
+        return Decision(tuple(masks), self.control.shrink, reference, self._price(), "start")
 
     # --- what the loop asks for -----------------------------------------------------------------
 
@@ -251,6 +273,9 @@ class ControlLoop:
         position = np.ceil(self.plan.level / stage - 1e-9) * stage
         self.at_budget = self.level == 0.0
         self.level = min(self.level, float(position))
+        return self._staged()
+
+    def _staged(self) -> dict[str, float]:
         return {k: r + (1.0 - r) * self.level for k, r in self.setting.budget.items()}
 
     def _uniform(self, reference: Mapping[str, float]) -> tuple[int, ...]:
@@ -367,6 +392,10 @@ class ControlLoop:
 
 _PLAIN = ("batch", "level", "at_budget", "updates", "watching")
 _TENSORS = ("window", "weights", "switched")
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0.0 < value <= 1.0
 
 
 def _calibrate_every(control: Control, setting: Setting, update_every: int) -> int:
