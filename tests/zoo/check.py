@@ -1,4 +1,4 @@
-"""One model through the contract: every group, a random half of its units off.
+"""One model through the contract: every group, a random half of its units off; and any number of them.
 
     masked output = shrunk output     ‖masked − shrunk‖∞ / ‖masked‖∞ ≤ 1e-4 in float32 and ≤ 1e-6 in
                                       float64 (where small weights hide nothing), on the example inputs
@@ -157,6 +157,17 @@ def halves(structure: Structure, seed: int) -> list[Tensor]:
     return masks
 
 
+def uneven(structure: Structure, seed: int) -> list[Tensor]:
+    """Per group, any number of units on: widths that should be equal must not only happen to be."""
+    random = torch.Generator().manual_seed(seed + 1)
+    masks = []
+    for n in structure.sizes:
+        step = 8 if n >= 32 else 1  # kernels of experts (grouped_mm) want multiples of 16 bytes
+        count = step * int(torch.randint(1, n // step + 1, (), generator=random))
+        masks.append(torch.randperm(n, generator=random) < count)
+    return masks
+
+
 def others(inputs: Inputs, seed: int) -> Inputs:
     """A batch of three with other noise; only the noise is other where tensors share no batch (graphs)."""
     random = torch.Generator().manual_seed(seed + 1)
@@ -177,6 +188,7 @@ def _is_graph(inputs: Inputs) -> bool:
 
 
 def _disagreement(plant: Plant, masks: list[Tensor], inputs: Sequence[Inputs]) -> float:
+    """Largest error of the shrunk against the masked model over the inputs; leaves the model shrunk."""
     outputs = []
     for compact in (False, True):
         plant.apply(masks, compact=compact)
@@ -203,15 +215,16 @@ def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
         return Result(0, structure.refused, seconds=time.process_time() - began)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = flops(model, inputs)
-    masks, examples = halves(structure, seed), (inputs, others(inputs, seed))
+    masks, more = halves(structure, seed), uneven(structure, seed)
+    examples = (inputs, others(inputs, seed))
     plant = Plant(model, None, structure)
-    gap = _disagreement(plant, masks, examples)
+    gap = max(_disagreement(plant, draw, examples) for draw in (more, masks))
     ratio = flops(model, inputs) / dense if dense else 1.0
     trains = _trains(model, inputs)
     plant.release()
     after = model.state_dict()
     restored = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    precise = _in_float64(model, structure, masks, examples)
+    precise = _in_float64(model, structure, (masks, more), examples)
     training = _in_training(model, structure, masks, inputs)
     seconds = time.process_time() - began
     return Result(
@@ -221,7 +234,7 @@ def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
 
 
 def _in_float64(
-    model: nn.Module, structure: Structure, masks: list[Tensor], examples: Sequence[Inputs]
+    model: nn.Module, structure: Structure, draws: Sequence[list[Tensor]], examples: Sequence[Inputs]
 ) -> float | None:
     model.double()
     doubled = [tree_map(_double, example) for example in examples]
@@ -232,7 +245,7 @@ def _in_float64(
         model.float()
         return None
     plant = Plant(model, None, structure)
-    gap = _disagreement(plant, masks, doubled)
+    gap = max(_disagreement(plant, masks, doubled) for masks in draws)
     plant.release()
     return gap
 
