@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .build import build
 from .groups import Group, Structure
@@ -34,6 +35,7 @@ def analyse(
     their names, left alone. `check`: try masked against shrunk on the model, and refuse what disagrees.
     """
     ignored = _ignored_tensors(model, ignored_layers)
+    example_inputs = _on_meta(model, example_inputs)
     tape = Tape(model)
     with untouched(model):
         model.eval()
@@ -54,6 +56,14 @@ def analyse(
     bind_module_attributes(tape)
     structure = build(tape, ignored)
     return verify(model, example_inputs, structure) if check else structure
+
+
+def _on_meta(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
+    """A model without memory gets inputs without memory."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"meta"}:
+        return example_inputs
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example_inputs)
 
 
 def find_groups(

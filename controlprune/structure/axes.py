@@ -22,7 +22,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Axis", "Misfit", "concat", "leaves", "pin", "product", "regroup", "segment", "unify"]
+__all__ = [
+    "Axis",
+    "Misfit",
+    "concat",
+    "factors_of",
+    "leaves",
+    "parts_of",
+    "pin",
+    "product",
+    "regroup",
+    "segment",
+    "unify",
+]
 
 MISFIT = "a reshape, split or shuffle cuts its units in two ways that do not fit together"
 
@@ -63,24 +75,24 @@ class Axis:
         return f"{axis.size}{'' if axis.reason is None else '!'}"
 
 
-def _factors(axis: Axis) -> list[Axis]:
+def factors_of(axis: Axis) -> list[Axis]:
     """The axis as a flat row-major product of leaves and Concats, factors of size 1 left out."""
     axis = axis.root
     if axis.size == 1:
         return []
     if not axis.factors:
         return [axis]
-    return [flat for factor in axis.factors for flat in _factors(factor)]
+    return [flat for factor in axis.factors for flat in factors_of(factor)]
 
 
-def _parts(axis: Axis) -> list[Axis]:
+def parts_of(axis: Axis) -> list[Axis]:
     """The axis as a flat concatenation of leaves and Products, empty parts left out."""
     axis = axis.root
     if axis.size == 0:
         return []
     if not axis.parts:
         return [axis]
-    return [flat for part in axis.parts for flat in _parts(part)]
+    return [flat for part in axis.parts for flat in parts_of(part)]
 
 
 def leaves(axis: Axis) -> list[Axis]:
@@ -100,7 +112,7 @@ def pin(axis: Axis, reason: str) -> None:
 
 def product(axes: Iterable[Axis]) -> Axis:
     """The row-major product as one axis."""
-    factors = [flat for axis in axes for flat in _factors(axis)]
+    factors = [flat for axis in axes for flat in factors_of(axis)]
     if len(factors) == 1:
         return factors[0]
     out = Axis(math.prod(factor.size for factor in factors))
@@ -110,7 +122,7 @@ def product(axes: Iterable[Axis]) -> Axis:
 
 def concat(axes: Iterable[Axis]) -> Axis:
     """The concatenation as one axis."""
-    parts = [flat for axis in axes for flat in _parts(axis)]
+    parts = [flat for axis in axes for flat in parts_of(axis)]
     if len(parts) == 1:
         return parts[0]
     out = Axis(sum(part.size for part in parts))
@@ -122,14 +134,14 @@ def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
     """Cut the row-major product of `axes` to axes of the given sizes (their product must agree)."""
     if len(axes) == len(sizes) and all(axis.size == size for axis, size in zip(axes, sizes, strict=True)):
         return list(axes)
-    stack = [factor for axis in reversed(axes) for factor in reversed(_factors(axis))]
+    stack = [factor for axis in reversed(axes) for factor in reversed(factors_of(axis))]
     out = []
     for size in sizes:
         taken, need = [], size
         while need != 1:
             if not stack:
                 raise Misfit
-            fresh = _factors(stack.pop())  # may have been cut since it was put there
+            fresh = factors_of(stack.pop())  # may have been cut since it was put there
             stack.extend(reversed(fresh))
             factor = stack.pop()
             if need % factor.size == 0:
@@ -151,8 +163,8 @@ def _cut(axis: Axis, outer_size: int) -> tuple[Axis, Axis]:
     inner_size = axis.size // outer_size
     if not axis.parts:
         outer, inner = Axis(outer_size, axis.reason), Axis(inner_size, axis.reason)
-    elif all(part.size % inner_size == 0 for part in _parts(axis)):
-        pairs = [regroup([part], [part.size // inner_size, inner_size]) for part in _parts(axis)]
+    elif all(part.size % inner_size == 0 for part in parts_of(axis)):
+        pairs = [regroup([part], [part.size // inner_size, inner_size]) for part in parts_of(axis)]
         outer, inner = concat(pair[0] for pair in pairs), pairs[0][1]
         for pair in pairs[1:]:
             unify(inner, pair[1])
@@ -173,7 +185,7 @@ def segment(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
     if axis.size in sizes:
         return [axis if size == axis.size else Axis(size) for size in sizes]
     if axis.factors:
-        outer, *rest = _factors(axis)
+        outer, *rest = factors_of(axis)
         inner = product(rest)
         if all(size % inner.size == 0 for size in sizes):
             pieces = segment(outer, [size // inner.size for size in sizes])
@@ -186,12 +198,12 @@ def segment(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         pieces = [Axis(size, axis.reason) for size in sizes]
         axis.parts = tuple(piece for piece in pieces if piece.size)
         return pieces
-    stack = list(reversed(_parts(axis)))
+    stack = list(reversed(parts_of(axis)))
     out = []
     for size in sizes:
         taken, need = [], size
         while need:
-            stack.extend(reversed(_parts(stack.pop())))
+            stack.extend(reversed(parts_of(stack.pop())))
             part = stack.pop()
             if part.size > need:
                 part, rest = segment(part, [need, part.size - need])
@@ -218,11 +230,11 @@ def unify(a: Axis, b: Axis) -> Axis:
         return b
     try:
         if a.parts and b.parts:
-            mine = _parts(a)
+            mine = parts_of(a)
             theirs = segment(b, [part.size for part in mine])
         else:
             shape, other = (a, b) if a.factors else (b, a)
-            mine = _factors(shape)
+            mine = factors_of(shape)
             theirs = regroup([other], [factor.size for factor in mine])
     except Misfit:
         pin(a, MISFIT)

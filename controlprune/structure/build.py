@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from .axes import Axis, leaves, pin
+from .axes import Axis, factors_of, leaves, parts_of, pin
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in
 from .groups import Group, Refusal, Role, SizeAttribute, Slice, Structure, Work
 from .tape import Source, Tape
@@ -115,7 +115,8 @@ def _extent(axis: Axis, numbers: dict[Axis, int]) -> Extent:
     axis = axis.root
     if axis in numbers:
         return Units(numbers[axis], axis.size)
-    inner = [_extent(child, numbers) for child in axis.factors or axis.parts]
+    children = factors_of(axis) if axis.factors else parts_of(axis) if axis.parts else []
+    inner = [_extent(child, numbers) for child in children]
     if not any(groups_in(extent) for extent in inner):
         return Fixed(axis.size)
     merged: list[Extent] = []

@@ -43,6 +43,7 @@ class Group:
     size: int
     kind: str  # "channel", "neuron", "head", "head member", "group", … : for people, no behaviour hangs on it
     slices: tuple[Slice, ...]
+    multiple: int = 1  # live widths must be a multiple of it (a kernel of the model insists)
 
     @property
     def readers(self) -> tuple[Slice, ...]:

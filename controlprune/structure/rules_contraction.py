@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 
+from torch.utils.flop_counter import flop_registry
+
 from .axes import Axis
 from .rules import fresh, rule, taint
 from .rules_elementwise import elementwise
 from .tape import Call, Dim, Dims, Tape
 
+COUNTED = {str(packet).replace(".", "::") for packet in flop_registry}  # fused attention on CPUs is not
 MIXED = "a window slides over its positions (convolution, pooling)"
 
 
@@ -164,9 +167,10 @@ def attention(tape: Tape, call: Call) -> list[Dims]:
         for dim, its in zip((*batch, heads, t, s), _padded(call.dims(mask), len(batch) + 3), strict=True):
             if its.size == dim.size:
                 tape.unify(dim.axis, its.axis)
-    outside = [dim.axis for dim in batch]
-    tape.count("attention", 2, *outside, heads.axis, t.axis, d.axis, s.axis)
-    tape.count("attention", 2, *outside, heads.axis, t.axis, s.axis, e.axis)
+    if call.name in COUNTED:
+        outside = [dim.axis for dim in batch]
+        tape.count("attention", 2, *outside, heads.axis, t.axis, d.axis, s.axis)
+        tape.count("attention", 2, *outside, heads.axis, t.axis, s.axis, e.axis)
     tape.keep([heads, t, e])
     return [[dim.plain for dim in (*batch, heads, t, e)]]
 

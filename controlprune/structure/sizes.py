@@ -91,13 +91,15 @@ def _bind_convolution(tape: Tape, path: str, module: nn.modules.conv._ConvNd) ->
 
 
 def _bind_recurrent(tape: Tape, path: str, module: nn.RNNBase) -> None:
-    """All layers and directions have one hidden size (and one projected size)."""
+    """All layers and directions have one hidden size; torch tells projections by their differing size."""
     for name, _ in module.named_parameters(recurse=False):
-        attribute = "hidden_size"
-        if name.startswith("weight_hh") and module.proj_size:
-            attribute = "proj_size"
-        if name.startswith(("weight_hh", "weight_hr")) and (axis := _axis(tape, path, name, 1)) is not None:
-            tape.bind(path, attribute, None, axis)
+        if not name.startswith(("weight_hh", "weight_hr")):
+            continue
+        axis = _axis(tape, path, name, 1)
+        if axis is not None and module.proj_size:
+            pin(axis, "nn.LSTM with proj_size needs sizes of its states that differ")
+        elif axis is not None:
+            tape.bind(path, "hidden_size", None, axis)
 
 
 def _pin_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> None:
