@@ -544,3 +544,38 @@ def test_parked_elsewhere(park_on: str | None) -> None:
         optimizer.zero_grad()
         plant.release()
     assert all(p.is_cuda for p in model.parameters())
+
+
+class Noisy(torch.optim.Optimizer):
+    """Moves every entry, whatever its gradient (Langevin dynamics, gradient centralisation and the like)."""
+
+    def __init__(self, parameters: object) -> None:
+        super().__init__(parameters, {})  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.ones_like(p), alpha=0.1)
+
+
+def test_whatever_the_optimizer_moves_dormant_units_stay_silent_and_parked() -> None:
+    model, structure, x, _ = oracle.make("mlp", 25)
+    optimizer = Noisy(list(model.parameters()))
+    plant = Plant(model, optimizer, structure)
+    masks = half(structure)
+    dense = copy.deepcopy(model)
+    plant.apply(masks, compact=False)
+    optimizer.step()
+    small = oracle.small_copy(dense, structure, masks)
+    Noisy(list(small.parameters())).step()
+    torch.testing.assert_close(model(x), small(x))
+    plant.release()
+    start = dict(dense.named_parameters())
+    for name, p in model.named_parameters():
+        oracle.write_back(
+            start[name].data,
+            oracle.cut(p.detach(), structure.tensors[name], masks),
+            structure.tensors[name],
+            masks,
+        )
+        assert torch.equal(p, start[name])
