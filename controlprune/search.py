@@ -334,8 +334,11 @@ def polish(space: Search, at: Rungs) -> Rungs:
     return at
 
 
-def search(space: Search, current: Rungs, coarsest: int) -> tuple[Search, Rungs]:
-    """The best state found, and the search space with the rungs that were added on the way."""
+def search(space: Search, current: Rungs, coarsest: int, grains: Sequence[int]) -> tuple[Search, Rungs]:
+    """The best state found, and the search space with the rungs that were added on the way.
+
+    Finer rungs are multiples of `grains`, one per group.
+    """
     if np.log(space.top - space.bottom + 1).sum() <= np.log(_room(space)):
         at = window(space, space.bottom)  # all of the space
     else:
@@ -346,18 +349,19 @@ def search(space: Search, current: Rungs, coarsest: int) -> tuple[Search, Rungs]
     step = coarsest // 2
     while step >= 1 and not space.landed(space.resources(at)):
         widths = space.rungs[at]
-        space = _finer(space, widths, step)
+        space = _finer(space, widths, step, grains)
         at = _last_move(space, space.nearest(widths))
         step //= 2
     return space, at
 
 
-def _finer(space: Search, widths: Rungs, step: int) -> Search:
-    """Rungs at multiples of `step` between each width and the rung above it."""
+def _finer(space: Search, widths: Rungs, step: int, grains: Sequence[int]) -> Search:
+    """Rungs at multiples of `step`, and of the grain, between each width and the rung above it."""
     ladders = []
-    for rungs, n in zip(space.ladders, widths, strict=True):
+    for rungs, n, grain in zip(space.ladders, widths, grains, strict=True):
+        fine = -(-step // grain) * grain
         above = rungs[rungs > n][:1]
-        between = [np.arange(n - n % step + step, m, step) for m in above]
+        between = [np.arange(n - n % fine + fine, m, fine) for m in above]
         ladders.append(np.unique(np.concatenate([rungs, *between])))
     return Search.of(
         ladders, space.curves, space.costs, space.limits, space.prices, space.dense, space.tolerance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -40,8 +41,11 @@ def make_setting(
     costs: dict[str, Polynomial] = {"flops": flops(structure), "params": parameters(structure)}
     sizes = structure.sizes
     dense = {name: cost.value(np.array(sizes)) for name, cost in costs.items()}
-    steps = width_steps(sizes, round_to)
-    floors = steps
+    grains = tuple(group.multiple for group in structure.groups)
+    steps = tuple(
+        math.lcm(step, grain) for step, grain in zip(width_steps(sizes, round_to), grains, strict=True)
+    )
+    floors = tuple(min(step, size) for step, size in zip(steps, sizes, strict=True))
     require_supported(budget)
     target: dict[str, float] = {}
     prices: dict[str, float] = {}
@@ -60,6 +64,7 @@ def make_setting(
         budget=target,
         prices=prices,
         steps=steps,
+        grains=grains if round_to is None else steps,
         floors=floors,
         total_steps=total_steps,
         batch=batch,

@@ -47,6 +47,7 @@ class Problem:
     prices: NDArray[np.float64]  # loss per unit of resource
     floors: tuple[int, ...]
     steps: tuple[int, ...]  # widths are multiples of these, or the floor, or dense
+    grains: tuple[int, ...] | None = None  # finer steps are multiples of these; None: 1
     masks: tuple[Bools, ...] | None = None  # current state; None: all active
     held: tuple[Bools, ...] | None = None  # units that keep their state; None: none
     hysteresis: float = 0.0
@@ -56,7 +57,7 @@ class Problem:
     def __post_init__(self) -> None:
         if not self.values:
             raise ValueError("values=(): there is no group to choose units in")
-        for name in ("values", "floors", "steps", "masks", "held"):
+        for name in ("values", "floors", "steps", "grains", "masks", "held"):
             entries = getattr(self, name)
             if entries is not None and len(entries) != len(self.values):
                 raise ValueError(f"{name}: {len(entries)} entries for {len(self.values)} groups")
@@ -123,7 +124,9 @@ def solve(problem: Problem) -> Solution:
         tolerance=problem.tolerance,
     )
     current = problem.sizes if problem.masks is None else tuple(int(m.sum()) for m in problem.masks)
-    space, at = search(space, np.array(current), max(problem.steps))
+    space, at = search(
+        space, np.array(current), max(problem.steps), problem.grains or (1,) * len(problem.steps)
+    )
     widths = space.rungs[at]
     masks = tuple(_mask(group.order, n) for group, n in zip(groups, widths, strict=True))
     costs = np.array([cost.value(widths) for cost in problem.costs])

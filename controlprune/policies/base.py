@@ -31,6 +31,7 @@ class Setting:
     budget: Mapping[str, float]  # resource -> target, fraction of dense; empty under a Price
     prices: Mapping[str, float]  # resource -> given price, loss per dense use; empty under a Budget
     steps: tuple[int, ...]  # width step per group
+    grains: tuple[int, ...]  # what every width must be a multiple of, whatever the step
     floors: tuple[int, ...]
     total_steps: int
     batch: int  # examples in the example inputs: what is taken for the mini-batch until one was seen

@@ -324,6 +324,7 @@ class ControlLoop:
                 prices=price,
                 floors=least,
                 steps=setting.steps,
+                grains=setting.grains,
                 masks=tuple(m.numpy() for m in masks),
                 held=held(values, masks, young, most),
                 hysteresis=control.hysteresis,
