@@ -381,9 +381,11 @@ class ControlLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in (*_PLAIN, *_TENSORS):
+        for name in _PLAIN:
             setattr(self, name, state[name])
-        self.moments = Moments(**state["moments"])
+        for name in _TENSORS:
+            setattr(self, name, _like(state[name], getattr(self, name)))
+        self.moments = Moments(**{k: _like(state["moments"][k], v) for k, v in vars(self.moments).items()})
         self.trend = LossTrend(**state["trend"])
         self.plan = PlanState(**state["plan"])
         self.prices = {k: PIState(**p) for k, p in state["prices"].items()}
@@ -393,6 +395,12 @@ class ControlLoop:
 
 _PLAIN = ("batch", "level", "at_budget", "updates", "watching")
 _TENSORS = ("window", "weights", "switched")
+
+
+def _like(value: Tensor, present: Tensor) -> Tensor:
+    if value.shape != present.shape or value.dtype != present.dtype:
+        raise ValueError(f"a vector of {tuple(value.shape)} {value.dtype} where {tuple(present.shape)} belongs")
+    return value
 
 
 def _is_fraction(value: object) -> bool:
