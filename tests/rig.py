@@ -70,9 +70,7 @@ class Rig:
     optimizer: Optimizer
     controller: cp.Controller
     shape: tuple[int, ...]
-    shrink_at: int = (
-        0  # the step after which the user shrinks by hand (these nets are too small for it to pay)
-    )
+    shrink_at: int = 0  # the step after which the user shrinks (these nets are too small for it to pay)
 
     def train(self, start: int, stop: int) -> Tensor:
         loss = torch.zeros(())

@@ -96,9 +96,9 @@ def test_optimizer_state_without_masks_waits_for_the_model() -> None:
     before = bits(fresh.model)
     x, y = batch(0, fresh.shape)
     nn.functional.cross_entropy(fresh.model(x), y).backward()
-    with pytest.raises(RuntimeError, match="optimizer: the state .*does not fit .*load the model's"):
+    with pytest.raises(RuntimeError, match=r"optimizer: the state .*does not fit .*load the model's"):
         fresh.optimizer.step()
-    with pytest.raises(RuntimeError, match="optimizer: the state .*does not fit"):
+    with pytest.raises(RuntimeError, match=r"optimizer: the state .*does not fit"):
         fresh.controller.finalize()
     fresh.optimizer.zero_grad()
     assert_same_bits(before, bits(fresh.model))
@@ -291,5 +291,5 @@ def test_an_average_that_follows(end: str) -> None:
 
 def test_a_copy_of_another_shape_cannot_follow() -> None:
     run = cut()
-    with pytest.raises(ValueError, match="structure: .*has shape"):
+    with pytest.raises(ValueError, match=r"structure: .*has shape"):
         run.controller.follow(copy.deepcopy(run.model))

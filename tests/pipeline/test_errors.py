@@ -53,9 +53,13 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "example_inputs do not fit",
     ),
-    "unknown keyword": ({"example_inputs": {"image": torch.zeros(2, 8)}}, ValueError, "example_inputs do not fit"),
+    "unknown keyword": (
+        {"example_inputs": {"image": torch.zeros(2, 8)}}, ValueError, "example_inputs do not fit"
+    ),
     "unknown layer": ({"ignored_layers": ["head"]}, ValueError, "ignored_layers: .* 'head'"),
-    "all layers ignored": ({"ignored_layers": ["0", "3", "5"]}, ValueError, "nothing in Sequential can be pruned"),
+    "all layers ignored": (
+        {"ignored_layers": ["0", "3", "5"]}, ValueError, "nothing in Sequential can be pruned"
+    ),
     "no width": ({"round_to": 0}, ValueError, "round_to=0: give"),
     "no policy": ({"policy": "magnitude"}, TypeError, "policy='magnitude': give a policy object"),
 }  # fmt: skip
@@ -98,7 +102,7 @@ def test_an_unreachable_budget_tells_the_range() -> None:
 def test_a_model_in_which_nothing_can_be_pruned(wrong: nn.Module) -> None:
     optimizer = torch.optim.SGD(wrong.parameters(), lr=0.1)
     before = bits(wrong, optimizer)
-    with pytest.raises(ValueError, match="model: nothing in .* can be pruned"):
+    with pytest.raises(ValueError, match=r"model: nothing in .* can be pruned"):
         cp.attach(wrong, optimizer, **ATTACH)
     assert_same_bits(before, bits(wrong, optimizer))
 
@@ -115,9 +119,7 @@ def test_attach_twice() -> None:
     model, optimizer = trained()
     controller = cp.attach(model, optimizer, **ATTACH)
     before = hooks(model, optimizer)
-    with pytest.raises(
-        RuntimeError, match=r"model: a controller is already attached.*finalize\(\) or detach\(\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"model: .*already attached.*finalize\(\) or detach\(\)"):
         cp.attach(model, optimizer, **ATTACH)
     assert hooks(model, optimizer) == before
     controller.detach()
@@ -144,9 +146,7 @@ def test_an_optimizer_that_misses_parameters() -> None:
     model, _ = trained()
     optimizer = torch.optim.SGD([model[0].weight, model[5].weight], lr=0.1)
     before = bits(model, optimizer)
-    with pytest.raises(
-        ValueError, match=r"optimizer: it does not hold 3 .*0\.bias, 3\.weight, 3\.bias.*freeze"
-    ):
+    with pytest.raises(ValueError, match=r"optimizer: it hold 3 .*0\.bias, 3\.weight, 3\.bias.*freeze"):
         cp.attach(model, optimizer, **ATTACH)
     assert_same_bits(before, bits(model, optimizer))
     for p in (model[0].bias, model[3].weight, model[3].bias):
@@ -158,15 +158,13 @@ def test_optimizers_whose_state_cannot_follow() -> None:
     model, _ = trained()
     optimizer = torch.optim.LBFGS(p for p in model.parameters() if p.requires_grad)
     before = bits(model, optimizer)
-    with pytest.raises(ValueError, match="optimizer: LBFGS keeps .*; use"):
+    with pytest.raises(ValueError, match=r"optimizer: LBFGS keeps .*; use"):
         cp.attach(model, optimizer, **ATTACH)
     assert_same_bits(before, bits(model, optimizer))
     assert hooks(model, optimizer) == 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.state[model[0].weight]["history"] = torch.zeros(40, 8)
-    with pytest.raises(
-        ValueError, match=r"optimizer: SGD state 'history' of parameter '0\.weight'.*\(40, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"optimizer: SGD state 'history' of .*'0\.weight'.*\(40, 8\)"):
         cp.attach(model, optimizer, **ATTACH)
     assert hooks(model, optimizer) == 0
 
@@ -175,7 +173,7 @@ def test_optimizers_whose_state_cannot_follow() -> None:
 
 NAMES = tuple(g.name for g in rig().controller.groups)
 MASKS: dict[str, tuple[Any, type[Exception], str]] = {
-    "unknown name": ({"head": torch.ones(32).bool()}, ValueError, "masks: no group is called 'head'; the groups"),
+    "unknown name": ({"head": torch.ones(32).bool()}, ValueError, r"masks: no group is called 'head'; the"),
     "wrong shape": ({NAMES[0]: torch.ones(31).bool()}, ValueError, rf"masks: '{NAMES[0]}' has shape \(31,\)"),
     "floats": ({NAMES[0]: torch.ones(32)}, TypeError, rf"masks: '{NAMES[0]}' is torch.float32; give"),
     "a list": ({NAMES[0]: [True] * 32}, TypeError, rf"masks: '{NAMES[0]}' is list; give"),
