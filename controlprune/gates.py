@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 __all__ = ["FEATURES", "Experiment", "GateController", "Statistics", "features", "first_guess"]
@@ -204,8 +204,9 @@ class GateController:
         table = self.predictions.numpy()
         if len(table) < 8 or np.ptp(table[:, -1]) == 0:
             return {}
+        measured = rankdata(table[:, -1])
         return {
-            name: float(spearmanr(table[:, k], table[:, -1]).statistic) if np.ptp(table[:, k]) else 0.0
+            name: float(np.corrcoef(rankdata(table[:, k]), measured)[0, 1]) if np.ptp(table[:, k]) else 0.0
             for k, name in enumerate(names)
         }
 
