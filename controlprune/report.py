@@ -102,7 +102,8 @@ def summary(history: History) -> str:
     ]
     share = f" ({last.overhead_seconds / last.seconds:.1%})" if last.seconds > 0 else ""
     moved = f"{off} units switched off, {on} back on, {shrinks} shrinks"
-    cost = f"{last.seconds:.1f} s CPU in this process, of which the controller {last.overhead_seconds:.1f} s{share}"
+    controller = f"of which the controller {last.overhead_seconds:.1f} s{share}"
+    cost = f"{last.seconds:.1f} s CPU in this process, {controller}"
     return "\n\n".join(
         [
             f"step {last.step} of {history.total_steps}, loss {last.loss:.4g}; {moved}; {cost}",
