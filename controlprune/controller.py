@@ -251,9 +251,7 @@ class Controller:
         self._checkpoints.require_admitted()
         self._ran, self._gradients, self._row = True, self._plant.has_gradients, None
         if self._gradients and self._loop.wants_gradients(self.steps + 1):
-            row = _unscaled(self._plant.gate_gradient(), optimizer)
-            absent = ~torch.cat(self._plant.masks).to(row.device)
-            self._row = row.masked_fill(absent, math.nan) if self._plant.compact else row
+            self._row = _unscaled(self._plant.gate_gradient(), optimizer)
         self._overhead += time.process_time() - started
 
     def step(self, loss: Tensor | float) -> None:
@@ -291,20 +289,25 @@ class Controller:
         """Hand the steps since the last reading to the loop: on a GPU one synchronisation for all of them."""
         losses = torch.stack([loss.float() for loss, _, _ in self._unread]).tolist() if self._unread else []
         rows = [row for _, _, row in self._unread if row is not None]
-        seen = iter(torch.stack(rows).cpu() if rows else ())
-        on = torch.cat(self._plant.masks)
-        unknown = torch.full(on.shape, math.nan)
+        seen = iter(self._as_observed(torch.stack(rows).cpu()) if rows else ())
         for loss, (_, ran, row) in zip(losses, self._unread, strict=True):
-            row = None if row is None else next(seen)
-            good = ran and math.isfinite(loss) and (row is None or bool(row[on].isfinite().all()))
+            row, finite = (None, True) if row is None else next(seen)
+            good = ran and finite and math.isfinite(loss)
             self._count(good)
             if math.isfinite(loss):
                 self._loss = loss
                 self._loop.watch(self.steps, loss)
             self._latest = row if good else None
             if good and row is not None:
-                self._loop.observe(row, unknown)
+                self._loop.observe(row, torch.full_like(row, math.nan))
         self._unread.clear()
+
+    def _as_observed(self, rows: Tensor) -> list[tuple[Tensor, bool]]:
+        """Rows of gate gradients with NaN where a unit is absent, and whether they were finite otherwise."""
+        finite = rows.isfinite().all(1).tolist()
+        if self._plant.compact:
+            rows = rows.masked_fill(~torch.cat(self._plant.masks), math.nan)
+        return list(zip(rows, finite, strict=True))
 
     def _count(self, good: bool) -> None:
         if good:
