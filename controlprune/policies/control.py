@@ -235,7 +235,9 @@ class ControlLoop:
         always = not self.control.invert or bool(self.setting.prices)
         if self._frozen(step) or not (revises or self.watching or self.level < level or always):
             return self._hold(step, masks, compact, reference)
-        return self._answer(step, masks, compact, reference, self._solve(step, masks, stability, reference))
+        exact = self.control.invert and not self.setting.prices
+        solution = self._solve(step, masks, stability, reference, exact=exact)
+        return self._answer(step, masks, compact, reference, solution)
 
     def last(self, masks: tuple[Tensor, ...]) -> Decision:
         """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
@@ -247,7 +249,8 @@ class ControlLoop:
         self.switched.fill_(-(10**9))  # no dwell, no slew: the budget comes first
         self.at_budget = False
         stability = self._stability(torch.cat(masks))
-        return self._answer(step, masks, False, reference, self._solve(step, masks, stability, reference))
+        solution = self._solve(step, masks, stability, reference, exact=True)
+        return self._answer(step, masks, False, reference, solution)
 
     def _hold(
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
@@ -298,12 +301,18 @@ class ControlLoop:
         return trusted(values, prior_values(even, costs, sizes, shares), even, trust)
 
     def _solve(
-        self, step: int, masks: tuple[Tensor, ...], stability: float, reference: Mapping[str, float]
+        self,
+        step: int,
+        masks: tuple[Tensor, ...],
+        stability: float,
+        reference: Mapping[str, float],
+        *,
+        exact: bool,
     ) -> Solution:
+        """The trade-off under the reference as a limit (`exact`), or under the price alone."""
         setting, control = self.setting, self.control
         names = tuple(setting.costs)
         dense = np.array([setting.dense[k] for k in names])
-        steering = control.invert and not setting.prices
         trust, most = control.trust * stability, slew(setting.structure.sizes, setting.steps)
         even = self._uniform(reference)
         values = self._values(step, masks, trust, even)
@@ -311,8 +320,8 @@ class ControlLoop:
         if even:
             binding = most if self.at_budget else None
             least = floors(least, setting.steps, even, trust, _widths(masks), binding)
-        price = np.array([0.0 if steering else self._price()[k] for k in names]) / dense
-        limits = np.array([reference.get(k, np.inf) if steering else np.inf for k in names]) * dense
+        price = np.array([0.0 if exact else self._price()[k] for k in names]) / dense
+        limits = np.array([reference.get(k, np.inf) if exact else np.inf for k in names]) * dense
         young = torch.split(
             (step - self.switched) < control.dwell * self.update_every, list(setting.structure.sizes)
         )
@@ -399,7 +408,9 @@ _TENSORS = ("window", "weights", "switched")
 
 def _like(value: Tensor, present: Tensor) -> Tensor:
     if value.shape != present.shape or value.dtype != present.dtype:
-        raise ValueError(f"a vector of {tuple(value.shape)} {value.dtype} where {tuple(present.shape)} belongs")
+        raise ValueError(
+            f"a vector of {tuple(value.shape)} {value.dtype} where {tuple(present.shape)} belongs"
+        )
     return value
 
 
