@@ -46,16 +46,16 @@ def analyse(
                 f"example_inputs do not fit the model: its forward raised {type(error).__name__}: {error}. "
                 "Give example_inputs as a tuple (positional), a dict (keywords) or one tensor."
             ) from error
-    tape.counting = False
+    tape.counting, trains = False, True
     with untouched(model):
         model.train()
         try:
             record(tape, example_inputs)
         except Exception:  # e.g. BatchNorm refuses one value per channel: eval mode has told what there is
-            tape.where = ""
+            tape.where, trains = "", False
     bind_module_attributes(tape)
     structure = build(tape, ignored)
-    return verify(model, example_inputs, structure) if check else structure
+    return verify(model, example_inputs, structure, trains=trains) if check else structure
 
 
 def _on_meta(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:

@@ -212,6 +212,14 @@ def index_add(tape: Tape, call: Call) -> list[Dims]:
     return [dims]
 
 
+@rule("masked_scatter")
+def masked_scatter(tape: Tape, call: Call) -> list[Dims]:
+    """self where the mask is off, else the next entry of source."""
+    for entry in call.entries.values():
+        tape.pin_dims(entry.dims, PICKED)
+    return [[dim.plain for dim in call.dims("self")]]
+
+
 @rule("index_fill")
 def index_fill(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("self")]

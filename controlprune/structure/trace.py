@@ -8,6 +8,7 @@ no_grad; the model is left as it was found: training flags, buffers, random stat
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,11 +105,13 @@ class Recorder(TorchDispatchMode):
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """model(*tuple), model(**dict) or model(tensor)."""
-    if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the user hears the model's own warnings from the user's own calls
+        if isinstance(example_inputs, Tensor):
+            return model(example_inputs)
+        if isinstance(example_inputs, Mapping):
+            return model(**example_inputs)
+        return model(*example_inputs)
 
 
 def output_tensors(value: Any) -> list[Tensor]:

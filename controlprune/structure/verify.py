@@ -33,15 +33,26 @@ ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
 
 
-def verify(model: nn.Module, example_inputs: ExampleInputs, structure: Structure, seed: int = 0) -> Structure:
-    """The structure without the groups for which masked and shrunk outputs disagree."""
+def verify(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    structure: Structure,
+    seed: int = 0,
+    *,
+    trains: bool = False,
+) -> Structure:
+    """The structure without the groups for which masked and shrunk outputs disagree (in eval mode).
+
+    `trains`: the forward also runs in training mode, and must when shrunk (its values are random there).
+    """
     if any(tensor.device.type == "meta" for tensor in model.parameters()):
         return replace(structure, verified=False)
     if not structure.groups:
         return structure
     rounds = 2 if _flops(structure) < CHEAP else 1
     masks = [_masks(structure, seed + k) for k in range(rounds)]
-    check = _Check(model, example_inputs, structure, masks, _disturbed(model, structure, seed))
+    values = _disturbed(model, structure, seed)
+    check = _Check(model, example_inputs, structure, masks, values, trains)
     refused: dict[int, str] = {}
     check.bisect([], _by_likeness(structure), refused)
     groups = tuple(replace(g, multiple=check.multiples.get(n, 1)) for n, g in enumerate(structure.groups))
@@ -116,6 +127,7 @@ class _Check:
     structure: Structure
     masks: list[list[Tensor]]  # each a joint mask of all groups
     values: dict[str, Tensor]
+    trains: bool
     multiples: dict[int, int] = field(default_factory=dict)  # widths that a kernel insists on
     error: str = ""
 
@@ -173,7 +185,10 @@ class _Check:
         masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
         try:
             live = {n: _select(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
-            shrunk = self._run(live, [int(mask.sum()) for mask in masks])
+            widths = [int(mask.sum()) for mask in masks]
+            shrunk = self._run(live, widths)
+            if self.trains:
+                self._run(live, widths, training=True)
         except Exception as error:
             text = str(error).strip().splitlines()
             detail = f"{type(error).__name__}: {text[0] if text else ''}"
@@ -192,11 +207,13 @@ class _Check:
                     value = value.index_fill(entry.dim, off.nonzero().flatten(), 0)
         return value
 
-    def _run(self, values: Mapping[str, Tensor], widths: list[int] | None) -> list[Tensor]:
+    def _run(
+        self, values: Mapping[str, Tensor], widths: list[int] | None, training: bool = False
+    ) -> list[Tensor]:
         with _exchanged(self.model, values), torch.no_grad():
             try:
                 set_sizes(self.model, self.structure, widths)
-                self.model.eval()
+                self.model.train(training)
                 torch.manual_seed(0)
                 with reference_kernels(self.model):
                     return output_tensors(call_model(self.model, self.example_inputs))

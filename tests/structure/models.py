@@ -394,6 +394,20 @@ class AuxiliaryHead(nn.Module):
         return self.out(x) + self.aux(x) if self.training else self.out(x)
 
 
+class AuxiliaryWritten(nn.Module):
+    """The same with the hidden width written into the training branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 6)
+        self.out, self.aux = nn.Linear(6, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        side = self.aux(x.view(-1, 2, 4)).sum(1) if self.training else 0.0
+        return self.out(self.second(x).relu()) + side
+
+
 class Transposed(nn.Module):
     """Encoder, transposed and grouped transposed convolutions."""
 
@@ -470,6 +484,7 @@ CASES = {
     "fused_heads": (FusedHeads, (2, 5, 12), [4]),
     "unknown_operator": (Unknown, VECTOR, [6]),
     "auxiliary_head": (AuxiliaryHead, VECTOR, [8]),
+    "auxiliary_written": (AuxiliaryWritten, VECTOR, [6]),
     "transposed": (Transposed, (2, 3, 4, 4), [3, 3, 4, 8]),
     "pixel_shuffle": (Upscaled, (2, 3, 8, 8), [5, 6]),
     "dense": (Dense, (2, 3, 8, 8), [2, 5]),

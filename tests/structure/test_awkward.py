@@ -16,7 +16,12 @@ from controlprune.structure.trace import reference_kernels
 from .agreement import disagreement, random_masks, run, shrunk_copy
 from .models import CASES
 
-WRITTEN = ("heads_by_shape", "dense", "multihead_attention")  # a size is written into forward
+WRITTEN = (
+    "heads_by_shape",
+    "dense",
+    "multihead_attention",
+    "auxiliary_written",
+)  # a size is written into forward
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
 
