@@ -42,6 +42,18 @@ def test_one_of_each_kind_is_handled_fully(name: str) -> None:
     assert result.status == "full", _explain(name, result)
 
 
+@pytest.mark.parametrize("name", ["nfnet", "gmlp"])
+def test_what_is_left_alone_is_said_to_be(name: str) -> None:
+    """Weights standardised over the columns that read a unit; a LayerNorm over the units themselves."""
+    result = _result(name)
+    assert result.status in ("full", "partial", "refused"), _explain(name, result)
+    reasons = {refusal.reason.split(" (in ")[0] for refusal in result.refused}
+    assert result.status == "full" or reasons & {
+        "a norm takes statistics over it",
+        "its units are reduced to one number (mean)",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_no_model_is_ever_silently_wrong(name: str) -> None:

@@ -13,8 +13,8 @@ from .plain_vit import VIT
 __all__ = ["FAST", "tables"]
 
 FAST = (  # one of each kind, for the default run
-    *("vgg", "resnet_bottleneck", "densenet", "shufflenet_v1", "mobilenet_v3", "convnext", "nfnet", "unet"),
-    *("vit", "swin", "gmlp", "torch_encoder", "llama", "gpt2", "t5", "gcn"),
+    *("vgg", "resnet_bottleneck", "densenet", "shufflenet_v1", "mobilenet_v3", "convnext", "unet"),
+    *("vit", "swin", "torch_encoder", "llama", "mixtral", "gpt2", "t5", "gcn"),
 )
 
 
