@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .controller import Controller
+from .controller import Controller, require_unattached
 from .copies import compact_copies
-from .masking import Plant
+from .masking import Plant, checked
 from .structure.extents import Concat, Extent, Fixed, Product, Units, size
 from .structure.groups import Group, SizeAttribute, Slice, Structure
 
@@ -33,6 +33,8 @@ FORMAT = 1
 
 def save(controller: Controller, path: str | Path) -> None:
     """Write the model at its present active units; the training goes on undisturbed."""
+    if not isinstance(controller, Controller):
+        raise TypeError(f"controller={type(controller).__name__}: give what controlprune.attach returned")
     plant = controller.plant
     tensors = compact_copies(plant)
     header = {
@@ -49,13 +51,13 @@ def save(controller: Controller, path: str | Path) -> None:
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """`model` (dense, of the class that was saved) at the saved widths with the saved tensors."""
     header, tensors = _read(Path(path))
-    structure = _structure_from_json(header["structure"])
+    require_unattached(model)
+    try:
+        structure = _structure_from_json(header["structure"])
+        masks = checked([_mask(g.size, header["masks"][g.name]) for g in structure.groups], structure)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
     _check_same(structure, model, path)
-    masks = []
-    for group in structure.groups:
-        mask = torch.zeros(group.size, dtype=torch.bool)
-        mask[header["masks"][group.name]] = True
-        masks.append(mask)
     plant = Plant(model, None, structure)
     plant.apply(masks, compact=True)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -72,6 +74,12 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     return model
 
 
+def _mask(size: int, active: list[int]) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[torch.tensor(active, dtype=torch.long)] = True
+    return mask
+
+
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -82,6 +90,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if "controlprune" not in metadata:
         raise ValueError(f"path={str(path)!r}: a safetensors file, but not one that controlprune.save wrote")
     header = json.loads(metadata["controlprune"])
+    if not isinstance(header, dict) or not isinstance(header.get("format"), int):
+        raise ValueError(f"path={str(path)!r}: its header is corrupt (no format)")
     if header["format"] > FORMAT:
         raise ValueError(f"path={str(path)!r}: written by a newer controlprune (format {header['format']})")
     return header, tensors

@@ -119,7 +119,7 @@ def test_attach_twice() -> None:
     model, optimizer = trained()
     controller = cp.attach(model, optimizer, **ATTACH)
     before = hooks(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"model: .*already attached.*finalize\(\) or detach\(\)"):
+    with pytest.raises(RuntimeError, match=r"model: a controller is attached.*finalize\(\) or detach\(\)"):
         cp.attach(model, optimizer, **ATTACH)
     assert hooks(model, optimizer) == before
     controller.detach()
