@@ -22,12 +22,12 @@ def tables() -> dict[str, dict[str, Factory]]:
     """Table name -> (model name -> factory)."""
     found = {"cnn": CNN | CNN2, "vit": VIT}
     if importlib.util.find_spec("transformers"):
-        from . import hf_more, hf_senses, hf_text
+        from . import hf_more, hf_other, hf_senses, hf_text
 
         found["hf_text"] = hf_text.ENCODERS | hf_text.DECODERS | hf_text.SEQ2SEQ
         found["hf_moe_ssm"] = hf_text.MIXTURES | hf_text.STATE_SPACE
         found["hf_senses"] = hf_senses.VISION | hf_senses.SPEECH_AND_PAIRS
-        found["hf_more"] = hf_more.MORE
+        found["hf_more"] = hf_more.MORE | hf_other.OTHER
     if importlib.util.find_spec("torch_geometric"):
         from .graph import GRAPH
 
