@@ -30,6 +30,7 @@ from .checkpoint import Checkpoints
 from .gates import Experiment
 from .history import History, Record
 from .links import Link
+from .layouts import COMPILED, Layouts
 from .masking import Plant, checked
 from .policies.base import Decision, Policy, Setting
 from .policies.control import Control
@@ -120,14 +121,11 @@ def _check_arguments(
         )
     if not callable(getattr(policy, "begin", None)):
         raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
-    require_unattached(model)
-
-
-def require_unattached(model: nn.Module) -> None:
-    """RuntimeError if a controller is at work on this model."""
     reference = _attached.get(model)
     if reference is not None and reference() is not None:
-        raise RuntimeError("model: a controller is attached to it; call its finalize() or detach() first")
+        raise RuntimeError(
+            "model: a controller is already attached to it; call its finalize() or detach() first"
+        )
 
 
 def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
@@ -161,6 +159,8 @@ class Controller:
         self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
         self._hook = optimizer.register_step_pre_hook(Link(self, Controller._observe))
         self._followers: list[Plant] = []
+        self._looked, self._compiled = False, False  # did the forward of a step go past the model's hooks?
+        self._layouts = Layouts({setting.structure.sizes: 0.0})
         structure = setting.structure
         self.history = _new_history(setting)
         self.steps = 0
@@ -233,6 +233,9 @@ class Controller:
         if scores:
             ranked = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             lines.append(f"  rank correlation with measured ablations: {ranked}")
+        shapes = f"{len(self._layouts.seen)} sets of widths so far"
+        limit = f", at most {COMPILED} under torch.compile (no calibration, no probes)"
+        lines.append(f"  {shapes}{limit if self._compiled else ''}")
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {self._overhead:.2f} s CPU")
         return "\n".join(lines)
 
@@ -285,7 +288,11 @@ class Controller:
         self._overhead += time.process_time() - started
 
     def _arm(self) -> None:
-        if self.steps < self._setting.total_steps and self._loop.wants_batch(self.steps + 1):
+        """Record the next step's batch where the loop wants it; once at least, to tell a compiled model."""
+        step, last = self.steps + 1, self._setting.total_steps
+        looks = not self._looked and self._loop.wants_decision(step)
+        if 1 < step <= last and not self._compiled and (looks or self._loop.wants_batch(step)):
+            self._looked = True
             self._recorder.arm()
 
     def _read(self) -> None:
@@ -326,6 +333,9 @@ class Controller:
             )
 
     def _update(self) -> None:
+        if self._recorder.armed:
+            self._compiled = True
+            self._recorder.disarm()
         batch = self._recorder.take()
         if self._bad_in_a_row:
             return
@@ -337,8 +347,26 @@ class Controller:
             self._calibrate(batch)
         before, was_compact = plant.masks, plant.compact
         decision = self._loop.decide(self.steps, plant.masks, plant.compact)
-        self._relayout(decision.masks, decision.compact)
+        if self._admits(decision):
+            self._relayout(decision.masks, decision.compact)
         self._write(decision, before, was_compact)
+
+    def _admits(self, decision: Decision) -> bool:
+        """May the tensors take the shapes of this decision? Only a compiled model is limited (layouts.py)."""
+        limit = COMPILED if self._compiled else None
+        widths = self._widths_of(decision.masks, decision.compact)
+        return self._layouts.admits(widths, self._progress(decision.masks), limit)
+
+    def _widths_of(self, masks: Sequence[Tensor], compact: bool) -> tuple[int, ...]:
+        return tuple(int(m.sum()) for m in masks) if compact else self._setting.structure.sizes
+
+    def _progress(self, masks: Sequence[Tensor]) -> float:
+        """How far from dense (0) to the budget (1), by the resource that is furthest behind."""
+        widths = self._widths_of(masks, True)
+        target = {k: r for k, r in self._setting.budget.items() if r < 1.0}
+        return min(
+            ((1.0 - self._setting.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0
+        )
 
     def _calibrate(self, batch: Batch) -> None:
         """Paired ablations and probes on the recorded batch, as far as the loop asks for them."""
@@ -375,6 +403,7 @@ class Controller:
             self._checkpoints.set_aside()
             self._plant.apply(masks, compact=compact)
             self._checkpoints.admit()
+            self._layouts.take(self._widths_of(masks, compact), self._progress(masks))
             for follower in self._followers:
                 follower.apply(masks, compact=compact)
 

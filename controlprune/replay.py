@@ -59,6 +59,11 @@ class Recorder:
         self.batch: Batch | None = None
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
+    @property
+    def armed(self) -> bool:
+        """Is it still waiting? Then no forward pass in training came by: torch.compile knows no late hooks."""
+        return self._handle is not None
+
     def arm(self) -> None:
         if self._handle is None:
             self.batch = None
@@ -70,7 +75,7 @@ class Recorder:
             self._handle = None
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         leaves = float_leaves(output)
         if not any(x.requires_grad for x in leaves):

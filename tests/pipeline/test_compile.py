@@ -1,0 +1,91 @@
+"""torch.compile after attach: masks never recompile, a shrink does once, and shapes stay few."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import rig
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+import controlprune as cp
+from controlprune.layouts import COMPILED, Layouts
+
+RESTLESS = replace(rig.QUICK, update_every=2, revise_every=1, dwell=0, hysteresis=0.0, calibrate_every=1)
+
+
+def run(backend: str | None, policy: cp.Control, steps: int) -> tuple[cp.Controller, int]:
+    """A run with the forward compiled (None: not), and how often it was compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = rig.mlp().eval()  # dropout off
+    optimizer = Adam(model.parameters(), lr=0.01)
+    controller = cp.attach(
+        model,
+        optimizer,
+        budget=cp.Budget(flops=0.4),
+        example_inputs=(torch.zeros(4096, 8),),  # large, so that a shrink pays
+        total_steps=steps,
+        policy=policy,
+    )
+    counter = CompileCounterWithBackend(backend or "eager")
+    forward = model if backend is None else torch.compile(model, backend=counter, dynamic=False)
+    for step in range(steps):
+        x, y = rig.batch(step, (8,))
+        loss = cross_entropy(forward(x), y)
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    controller.finalize()
+    x, _ = rig.batch(0, (8,))
+    assert torch.allclose(forward(x), model(x), atol=1e-4)
+    return controller, counter.frame_count
+
+
+def layouts(controller: cp.Controller) -> set[tuple[int, ...]]:
+    return {row.widths for row in controller.history} | {controller._setting.structure.sizes}
+
+
+def test_shapes_stay_few_and_the_budget_is_met() -> None:
+    controller, compiled = run("aot_eager", RESTLESS, 60)
+    assert 2 <= len(layouts(controller)) <= COMPILED
+    assert compiled == len(layouts(controller))
+    assert controller.cost()["flops"].fraction <= 0.4
+    assert "torch.compile" in controller.report()
+
+
+def test_an_eager_model_is_not_limited() -> None:
+    controller, _ = run(None, RESTLESS, 60)
+    assert len(layouts(controller)) > COMPILED
+    assert "torch.compile" not in controller.report()
+
+
+def test_masks_alone_never_recompile() -> None:
+    controller, compiled = run("aot_eager", replace(RESTLESS, shrink=False), 30)
+    assert len({row.active for row in controller.history}) > 2
+    assert compiled == 2  # dense, and small after finalize
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    controller, compiled = run("inductor", RESTLESS, 60)
+    assert compiled == len(layouts(controller)) <= COMPILED
+
+
+def test_new_widths_are_taken_in_few_strides_and_at_the_budget() -> None:
+    known = Layouts({(8, 8): 0.0})
+    assert not known.admits((7, 8), 0.2, 4)
+    assert known.admits((7, 8), 0.2, None)
+    assert known.admits((5, 6), 0.5, 4)
+    known.take((5, 6), 0.5)
+    assert not known.admits((4, 6), 0.9, 4)
+    assert known.admits((4, 4), 1.0, 4)
+    known.take((4, 4), 1.0)
+    assert known.admits((3, 5), 1.0, 4)
+    known.take((3, 5), 1.0)
+    assert not known.admits((5, 3), 1.0, 4)
+    assert known.admits((4, 4), 1.0, 4)
