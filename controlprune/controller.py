@@ -121,11 +121,14 @@ def _check_arguments(
         )
     if not callable(getattr(policy, "begin", None)):
         raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
+    require_unattached(model)
+
+
+def require_unattached(model: nn.Module) -> None:
+    """RuntimeError if a controller is at work on this model."""
     reference = _attached.get(model)
     if reference is not None and reference() is not None:
-        raise RuntimeError(
-            "model: a controller is already attached to it; call its finalize() or detach() first"
-        )
+        raise RuntimeError("model: a controller is attached to it; call its finalize() or detach() first")
 
 
 def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
