@@ -30,6 +30,7 @@ def tables() -> dict[str, dict[str, Factory]]:
         found["hf_more"] = hf_more.MORE | hf_other.OTHER
     if importlib.util.find_spec("torch_geometric"):
         from .graph import GRAPH
+        from .graph_more import GRAPH_MORE
 
-        found["graph"] = GRAPH
+        found["graph"] = GRAPH | GRAPH_MORE
     return found | {"torchvision": TORCHVISION, "timm": TIMM}
