@@ -61,7 +61,7 @@ class Recorder:
 
     @property
     def armed(self) -> bool:
-        """Is it still waiting? Then no forward pass in training came by: torch.compile knows no late hooks."""
+        """Still waiting: no forward pass in training came by (a compiled model knows no late hooks)."""
         return self._handle is not None
 
     def arm(self) -> None:

@@ -197,7 +197,7 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.first(x))
-        if self.reentrant is None:
+        if self.reentrant is None or not x.requires_grad:
             return self.head(self.hidden(x))
         return self.head(checkpoint(self.hidden, x, use_reentrant=self.reentrant))
 
