@@ -114,9 +114,9 @@ def test_the_state_is_a_snapshot() -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "residual"])
 def test_the_same_seed_is_the_same_run(net: str) -> None:
-    runs = [rig(net, seed=seed, total_steps=60) for seed in (3, 3, 4)]
+    runs = [rig(net, seed=seed, total_steps=40) for seed in (3, 3, 4)]
     for one in runs:
-        one.train(0, 60)
+        one.train(0, 40)
     assert_same_run(runs[0], runs[1])
     assert timeless(list(runs[0].controller.history)) != timeless(list(runs[2].controller.history))
     smalls = [one.controller.finalize() for one in runs[:2]]
