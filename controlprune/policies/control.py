@@ -31,7 +31,7 @@ the directly trained small net that may still move its width to where it turns o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -325,21 +325,24 @@ class ControlLoop:
         young = torch.split(
             (step - self.switched) < control.dwell * self.update_every, list(setting.structure.sizes)
         )
-        return solve(
-            Problem(
-                values=values,
-                costs=tuple(setting.costs.values()),
-                limits=limits,
-                prices=price,
-                floors=least,
-                steps=setting.steps,
-                grains=setting.grains,
-                masks=tuple(m.numpy() for m in masks),
-                held=held(values, masks, young, most),
-                hysteresis=control.hysteresis,
-                resources=names,
-            )
+        problem = Problem(
+            values=values,
+            costs=tuple(setting.costs.values()),
+            limits=limits,
+            prices=price,
+            floors=least,
+            steps=setting.steps,
+            grains=setting.grains,
+            masks=tuple(m.numpy() for m in masks),
+            held=held(values, masks, young, most),
+            hysteresis=control.hysteresis,
+            resources=names,
         )
+        solution = solve(problem)
+        short = limits - solution.costs > problem.tolerance * dense
+        if exact and short.all():  # the holds keep the limit from being filled: they give way
+            return solve(replace(problem, held=None))
+        return solution
 
     def _answer(
         self,
