@@ -29,8 +29,8 @@ from .budget import Budget, Price
 from .checkpoint import Checkpoints
 from .gates import Experiment
 from .history import History, Record
-from .links import Link
 from .layouts import COMPILED, Layouts
+from .links import Link
 from .masking import Plant, checked
 from .policies.base import Decision, Policy, Setting
 from .policies.control import Control
