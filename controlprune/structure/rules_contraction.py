@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from .axes import Axis
 from .rules import fresh, rule, taint
 from .rules_elementwise import elementwise
-from .tape import Call, Dim, Dims, Tape
+from .tape import Call, Dim, Dims, Read, Tape
 
 COUNTED = {str(packet).replace(".", "::") for packet in flop_registry}  # fused attention on CPUs is not
 MIXED = "a window slides over its positions (convolution, pooling)"
@@ -190,6 +190,28 @@ def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
     tape.pin(expert.axis, "experts are picked by index")
     tape.pin_dims(lead, "experts are picked by index")
     return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(tape, *lead, n, m))]
+
+
+@rule("_trilinear")
+def trilinear(tape: Tape, call: Call) -> list[Dims]:
+    """Σ i1·i2·i3 over `sumdim`, each unsqueezed at its `expand` dims (nn.Bilinear: i2 is the weight)."""
+    columns: list[list[Dim]] = [[] for _ in range(len(call.dims("i2")) + len(call.integers("expand2")))]
+    for number in "123":
+        dims = list(call.dims(f"i{number}"))
+        for place, column in enumerate(columns):
+            if place not in call.integers(f"expand{number}"):
+                column.append(dims.pop(0))
+    out: Dims = []
+    for place, column in enumerate(columns):
+        axis = tape.unify(*(dim.axis for dim in column))
+        reader = next((dim for dim in column if dim.sources), None)
+        if place not in call.integers("sumdim"):
+            out.append(Dim(axis))
+        elif reader is None:
+            tape.pin(axis, "activations are multiplied and summed over it")
+        else:
+            tape.reads.append(Read(axis, reader.sources))
+    return [out]
 
 
 @rule("_cdist_forward")

@@ -7,6 +7,7 @@ no_grad; the model is left as it was found: training flags, buffers, random stat
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections import OrderedDict
@@ -114,6 +115,17 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
         return model(*example_inputs)
 
 
+def copied(example_inputs: ExampleInputs) -> ExampleInputs:
+    """The same inputs in new tensors and objects: a forward may write on them (caches, in-place)."""
+    memo: dict[int, Any] = {}
+    for tensor in input_tensors(example_inputs):
+        memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    try:
+        return copy.deepcopy(example_inputs, memo)
+    except Exception:  # an object that can't be copied is passed as it is
+        return example_inputs
+
+
 def output_tensors(value: Any) -> list[Tensor]:
     """Tensors in nested lists, tuples, dicts and dataclasses; other objects (caches) are the model's own."""
     if isinstance(value, Tensor):
@@ -141,6 +153,7 @@ def input_tensors(value: Any) -> list[Tensor]:
 
 def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
     """One forward pass on the tape (in the model's present mode); returns the model's output."""
+    example_inputs = copied(example_inputs)
     for tensor in input_tensors(example_inputs):
         if not tape.owned(tensor):
             tape.set(tensor, fresh(tensor.shape, "an input of the model"), weight=False)

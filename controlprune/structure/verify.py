@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
 from .groups import Refusal, Slice, Structure
 from .sizes import set_sizes
-from .trace import ExampleInputs, call_model, output_tensors, reference_kernels, untouched
+from .trace import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
 
 __all__ = ["verify", "without"]
 
@@ -76,11 +76,13 @@ def _masks(structure: Structure, seed: int) -> list[Tensor]:
 
 
 def _rounded(mask: Tensor, multiple: int) -> Tensor:
-    """The mask with units switched on until their number is a multiple."""
-    missing = -int(mask.sum()) % multiple
-    if missing:
+    """The mask with units switched on (or off) until their number is a multiple; never all of them."""
+    live = int(mask.sum())
+    target = min(-(-live // multiple), len(mask) // multiple - 1) * multiple
+    if multiple > 1:
         mask = mask.clone()
-        mask[(~mask).nonzero().flatten()[:missing]] = True
+        mask[(~mask).nonzero().flatten()[: max(target - live, 0)]] = True
+        mask[mask.nonzero().flatten()[target:]] = False
     return mask
 
 
@@ -146,8 +148,8 @@ class _Check:
 
     def _alone(self, accepted: list[int], number: int, refused: dict[int, str]) -> list[int]:
         """Refuse the group, unless it fails only at widths that are no multiple of ALIGNED."""
-        error = self.error
-        if error != DIFFERS and self.structure.groups[number].size % ALIGNED == 0:
+        error, n = self.error, self.structure.groups[number].size
+        if error != DIFFERS and n % ALIGNED == 0 and n > ALIGNED:
             self.multiples[number] = ALIGNED
             if self.passes([*accepted, number]):
                 return [*accepted, number]
@@ -216,7 +218,7 @@ class _Check:
                 self.model.train(training)
                 torch.manual_seed(0)
                 with reference_kernels(self.model):
-                    return output_tensors(call_model(self.model, self.example_inputs))
+                    return output_tensors(call_model(self.model, copied(self.example_inputs)))
             finally:
                 set_sizes(self.model, self.structure, None)
 

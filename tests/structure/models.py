@@ -408,6 +408,158 @@ class AuxiliaryWritten(nn.Module):
         return self.out(self.second(x).relu()) + side
 
 
+class FixedFilter(nn.Module):
+    """A blur per channel from a buffer, the number of groups written as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+        self.register_buffer("blur", torch.randn(8, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.conv2d(self.first(x), self.blur, groups=8, padding=1))
+
+
+class FreeFilter(FixedFilter):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.out(F.conv2d(x, self.blur, groups=x.shape[1], padding=1))
+
+
+class Maxout(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.first, self.out = width, nn.Linear(5, 16), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = 8 if self.width < 0 else -1
+        return self.out(self.first(x).view(len(x), width, 2).amax(-1))
+
+
+class SpectralNorm(nn.Module):
+    """σ of the weight depends on every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = parametrizations.spectral_norm(nn.Linear(5, 8))
+        self.second, self.out = nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.second(self.first(x).relu()).relu())
+
+
+class BilinearPair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.pair = nn.Linear(5, 8), nn.Linear(5, 6), nn.Bilinear(8, 6, 7)
+        self.out = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.pair(self.a(x).relu(), self.b(x).tanh()).relu())
+
+
+class LinearAttention(nn.Module):
+    """States of keys × values, updated in a loop: the key width is summed, the value width is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.q, self.k = 2, nn.Linear(6, 8), nn.Linear(6, 8)
+        self.v, self.o = nn.Linear(6, 10), nn.Linear(10, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (f(x).view(b, t, self.heads, -1) for f in (self.q, self.k, self.v))
+        state = torch.zeros(b, self.heads, k.shape[-1], v.shape[-1])
+        out = []
+        for i in range(t):
+            state = state + k[:, i, :, :, None].exp() * v[:, i, :, None, :]
+            out.append((q[:, i, :, :, None] * state).sum(-2))
+        return self.o(torch.stack(out, 1).flatten(2))
+
+
+class Halves(nn.Module):
+    """chunk and concat again, as detection networks do: the halves have one width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.m, self.out = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(24, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(self.a(x).chunk(2, 1))
+        return self.out(torch.cat([*parts, self.m(parts[-1]).relu()], 1))
+
+
+class PaddedShortcut(nn.Module):
+    """Strided slice and zero channels on both sides (ResNet, option A)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.out = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.out((self.b(y.relu()) + F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))).relu())
+
+
+class Written(nn.Module):
+    """A buffer filled piece by piece in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Linear(5, 8), nn.Linear(5, 4), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        both = x.new_empty(len(x), a.shape[1] + b.shape[1])
+        both[:, : a.shape[1]] = a
+        both[:, a.shape[1] :] = b
+        return self.out(both.relu_())
+
+
+class ScaledByWidth(nn.Module):
+    """The width enters the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.out(x * x.shape[-1] ** -0.5)
+
+
+class CellLoop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.GRUCell(5, 8), nn.LSTMCell(8, 6), nn.Linear(6, 2)
+        self.width = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, state = x.new_zeros(len(x), self.width), None
+        for t in range(x.shape[1]):
+            hidden = self.first(x[:, t], hidden)
+            state = self.second(hidden, state)
+        assert state is not None
+        return self.out(state[0])
+
+
+class DynamicWeights(nn.Module):
+    """Weights mixed per example, the batch folded into groups (conditional convolution)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mixed = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(4, 6, 8, 3, 3))
+        self.route, self.out = nn.Linear(8, 4), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        b, c, h, w = y.shape
+        route = self.route(y.mean((2, 3))).softmax(-1)
+        weight = (route @ self.mixed.view(4, -1)).view(-1, c, 3, 3)
+        return self.out(F.conv2d(y.reshape(1, b * c, h, w), weight, padding=1, groups=b).view(b, -1, h, w))
+
+
 class Transposed(nn.Module):
     """Encoder, transposed and grouped transposed convolutions."""
 
@@ -485,6 +637,19 @@ CASES = {
     "unknown_operator": (Unknown, VECTOR, [6]),
     "auxiliary_head": (AuxiliaryHead, VECTOR, [8]),
     "auxiliary_written": (AuxiliaryWritten, VECTOR, [6]),
+    "fixed_filter": (FixedFilter, (2, 3, 8, 8), []),
+    "free_filter": (FreeFilter, (2, 3, 8, 8), [8]),
+    "maxout": (lambda: Maxout(1), VECTOR, [8]),
+    "maxout_written": (lambda: Maxout(-1), VECTOR, []),
+    "spectral_norm": (SpectralNorm, VECTOR, [6]),
+    "bilinear": (BilinearPair, VECTOR, [6, 7, 8]),
+    "linear_attention": (LinearAttention, (2, 7, 6), [2, 5]),
+    "halves": (Halves, (2, 3, 8, 8), [8, 8]),
+    "padded_shortcut": (PaddedShortcut, (2, 3, 8, 8), [8]),
+    "written_in_place": (Written, VECTOR, [4, 8]),
+    "scaled_by_width": (ScaledByWidth, VECTOR, []),
+    "cell_loop": (CellLoop, SEQUENCE, [6, 8]),
+    "dynamic_weights": (DynamicWeights, (2, 3, 8, 8), [6]),
     "transposed": (Transposed, (2, 3, 4, 4), [3, 3, 4, 8]),
     "pixel_shuffle": (Upscaled, (2, 3, 8, 8), [5, 6]),
     "dense": (Dense, (2, 3, 8, 8), [2, 5]),

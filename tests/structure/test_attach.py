@@ -66,6 +66,22 @@ def test_nothing_is_changed():
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+def test_inputs_are_not_written_on():
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+            cache.append(x)
+            return self.out(self.first(x.mul_(2)).relu())
+
+    x, cache = torch.ones(3, 4), []
+    analyse(Writes(), (x, cache))
+    assert torch.equal(x, torch.ones(3, 4))
+    assert cache == []
+
+
 def test_nothing_is_kept():
     """No tensor of the trace outlives it."""
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)

@@ -16,12 +16,10 @@ from controlprune.structure.trace import reference_kernels
 from .agreement import disagreement, random_masks, run, shrunk_copy
 from .models import CASES
 
-WRITTEN = (
-    "heads_by_shape",
-    "dense",
-    "multihead_attention",
-    "auxiliary_written",
-)  # a size is written into forward
+WRITTEN = (  # a size, or the width itself, is in the code
+    *("heads_by_shape", "dense", "multihead_attention", "auxiliary_written"),
+    *("fixed_filter", "maxout_written", "scaled_by_width"),
+)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 
 
