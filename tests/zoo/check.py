@@ -16,7 +16,7 @@ import copy
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -148,23 +148,23 @@ def error(masked: Sequence[Tensor], shrunk: Sequence[Tensor]) -> float:
 
 def halves(structure: Structure, seed: int) -> list[Tensor]:
     """Per group, a random half of the units (rounded up) on."""
-    random = torch.Generator().manual_seed(seed)
-    masks = []
-    for n in structure.sizes:
-        mask = torch.zeros(n, dtype=torch.bool)
-        mask[torch.randperm(n, generator=random)[: n - n // 2]] = True
-        masks.append(mask)
-    return masks
+    return _draw(structure, seed, lambda steps, _: steps - steps // 2)
 
 
 def uneven(structure: Structure, seed: int) -> list[Tensor]:
     """Per group, any number of units on: widths that should be equal must not only happen to be."""
-    random = torch.Generator().manual_seed(seed + 1)
+    return _draw(
+        structure, seed + 1, lambda steps, random: int(torch.randint(1, steps + 1, (), generator=random))
+    )
+
+
+def _draw(structure: Structure, seed: int, count: Callable[[int, torch.Generator], int]) -> list[Tensor]:
+    """Random masks; `count` of the multiples that the group's width may be."""
+    random = torch.Generator().manual_seed(seed)
     masks = []
-    for n in structure.sizes:
-        step = 8 if n >= 32 else 1  # kernels of experts (grouped_mm) want multiples of 16 bytes
-        count = step * int(torch.randint(1, n // step + 1, (), generator=random))
-        masks.append(torch.randperm(n, generator=random) < count)
+    for group in structure.groups:
+        live = group.multiple * count(group.size // group.multiple, random)
+        masks.append(torch.randperm(group.size, generator=random) < live)
     return masks
 
 

@@ -37,6 +37,18 @@ def _torchvision(name: str, size: int = 64, **settings: Any) -> Factory:
     return build
 
 
+def _video(name: str) -> Factory:
+    """Eight frames of 32 × 32."""
+
+    def build() -> tuple[nn.Module, Any]:
+        import torchvision
+
+        clip = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(1))
+        return torchvision.models.get_model(name, weights=None, num_classes=CLASSES), (clip,)
+
+    return build
+
+
 def _timm(name: str, size: int = 64, **settings: Any) -> Factory:
     def build() -> tuple[nn.Module, Any]:
         import timm
@@ -64,6 +76,10 @@ TORCHVISION: dict[str, Factory] = {
 } | {
     "tv_googlenet": _torchvision("googlenet", aux_logits=False, init_weights=False),
     "tv_inception_v3": _torchvision("inception_v3", 96, aux_logits=False, init_weights=False),
+    "tv_lraspp_mobilenet_v3_large": _torchvision("lraspp_mobilenet_v3_large", weights_backbone=None),
+    "tv_r3d_18": _video("r3d_18"),
+    "tv_r2plus1d_18": _video("r2plus1d_18"),
+    "tv_mc3_18": _video("mc3_18"),
     "tv_swin_t": _torchvision("swin_t", 112),  # 28² tokens: whole windows
     "tv_swin_v2_t": _torchvision("swin_v2_t", 128),
     "tv_vit_b_16": _torchvision("vit_b_16", 64, image_size=64),
