@@ -57,18 +57,12 @@ def test_uniform_widths_lie_inside_the_budget_and_near_it() -> None:
 def test_a_piece_measures_every_side() -> None:
     task = load("digits")
     rows = piece(task, structure_of(task), budget=0.5, seed=0, steps=12)
-    assert [row["side"] for row in rows] == [
-        "dense",
-        "controlled",
-        "uniform from scratch",
-        "static",
-        "after",
-        "same from scratch",
-    ]
-    assert rows[0]["flops"] == 1
-    assert all(row["flops"] <= 0.5 for row in rows[1:])
-    assert rows[1]["flops"] == rows[5]["flops"], "the rival has the very widths the controlled one ended with"
-    assert rows[2]["flops"] == rows[3]["flops"] == rows[4]["flops"]
+    share = {row["side"]: row["flops"] for row in rows}
+    assert len(share) == len(rows)
+    assert share.pop("dense") == 1
+    assert all(used <= 0.5 for used in share.values())
+    assert share["controlled"] == share["same from scratch"], "the very widths the controlled one ended with"
+    assert share["uniform from scratch"] == share["static"] == share["after"]
     assert all(0 < row["accuracy"] <= 100 and row["time"] > 0 for row in rows)
     text = summary(rows)
     assert all(row["side"] in text for row in rows)
