@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 __all__ = ["block", "preferred_multiple"]
 
-WIDTH, MULTIPLES, TOLERANCE = 64, (16, 8, 4), 0.05
+WIDTH, MULTIPLES, TOLERANCE = 64, (16, 8, 4), 0.08
 
 
 def block(times: Mapping[int, float], width: int = WIDTH) -> int:
