@@ -227,8 +227,8 @@ def index_fill(tape: Tape, call: Call) -> list[Dims]:
     return [dims]
 
 
-@rule("nonzero", "masked_select", "bincount", "unique_dim", "unique_consecutive", "_unique", "searchsorted",
-      "bucketize", "histc")  # fmt: skip
+@rule("nonzero", "masked_select", "bincount", "unique_dim", "unique_consecutive", "_unique", "_unique2",
+      "searchsorted", "bucketize", "histc")  # fmt: skip
 def data_dependent(tape: Tape, call: Call) -> list[Dims]:
     """The result's shape depends on values: its dimensions are data."""
     for entry in call.entries.values():

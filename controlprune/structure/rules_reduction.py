@@ -55,7 +55,7 @@ def _order(call: Call) -> float:
 
 @rule("mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "var",
       "std", "var_mean", "std_mean", "median", "nanmedian", "aminmax", "nansum", "mode", "count_nonzero",
-      "_unique2", "kthvalue")  # fmt: skip
+      "kthvalue")  # fmt: skip
 def reduction(tape: Tape, call: Call) -> list[Dims]:
     if call.has("other"):  # max(a, b) is element by element
         from .rules_elementwise import elementwise

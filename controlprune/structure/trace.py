@@ -33,7 +33,7 @@ from . import (
 from .attributes import SizeWatcher, traced_attributes
 from .rules import fresh, lookup, taint
 from .rules_elementwise import elementwise
-from .tape import Call, Tape
+from .tape import Call, Dims, Rule, Tape
 
 __all__ = ["ExampleInputs", "Recorder", "call_model", "output_tensors", "record", "untouched"]
 
@@ -92,16 +92,21 @@ class Recorder(TorchDispatchMode):
         entries = {id(tensor): self.tape.entry(tensor) for tensor in tensors}
         return Call(func._schema.name, arguments, [], entries)
 
-    def _write(self, rule: Any, call: Call) -> None:
+    def _write(self, rule: Rule, call: Call) -> None:
         weight = all(entry.weight for entry in call.entries.values())
-        found = rule(self.tape, call)
-        for position, output in enumerate(call.outputs):
-            dims = found[position] if position < len(found) else fresh(output.shape)
-            if [dim.size for dim in dims] != list(output.shape):
-                raise AssertionError(
-                    f"rule of {call.name}: {dims} for an output of shape {tuple(output.shape)}"
-                )
+        for output, dims in zip(call.outputs, self._apply(rule, call), strict=True):
             self.tape.set(output, dims, weight, call.pending)
+
+    def _apply(self, rule: Rule, call: Call) -> list[Dims]:
+        """What the rule says of each output; a call that the rule doesn't foresee taints."""
+        try:
+            found = rule(self.tape, call)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
+            return taint(self.tape, call)
+        found = [*found, *(fresh(output.shape) for output in call.outputs[len(found) :])]
+        sizes = [[dim.size for dim in dims] for dims in found[: len(call.outputs)]]
+        fits = sizes == [list(output.shape) for output in call.outputs]
+        return found[: len(call.outputs)] if fits else taint(self.tape, call)
 
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
