@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from controlprune.allocation import uniform
+from controlprune.attach import attach
 from controlprune.budget import Budget
 from controlprune.compare import Side, batches, fresh
-from controlprune.controller import Controller, attach
+from controlprune.controller import Controller
 from controlprune.cost.flops import flops
 from controlprune.masking import Plant
 from controlprune.policies.base import Policy

@@ -1,7 +1,8 @@
 """controlprune: online pruning by feedback control."""
 
+from .attach import attach
 from .budget import Budget, InfeasibleBudget, Price
-from .controller import Controller, attach
+from .controller import Controller
 from .export import load, save
 from .history import History
 from .plots import plot

@@ -22,29 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from .ablate import switched
-from .budget import Budget, Price
 from .checkpoint import Checkpoints
-from .gates import Experiment
+from .experiments import ablations, absent_gradients
 from .history import History, Record
+from .intake import Intake
 from .layouts import COMPILED, Layouts
 from .links import Link
 from .masking import Plant, checked
 from .policies.base import Decision, Policy, Setting
-from .policies.control import Control
-from .probe import probe
-from .replay import Batch, Recorder, identify, paired_difference
-from .setting import make_setting
-from .structure import analyse
-from .structure.groups import Group, Structure
+from .replay import Batch, Recorder, batch_size
+from .structure.groups import Group
 
-__all__ = ["Controller", "Cost", "attach"]
+__all__ = ["Controller", "Cost", "require_unattached"]
 
 log = logging.getLogger("controlprune")
 FORMAT = 1  # of Controller.state_dict
-REPEATED = 10  # skipped steps in a row before the user is told
 UNITS = {"flops": "FLOP", "params": "parameters"}
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
@@ -64,91 +57,11 @@ class Cost:
         return self.value / self.dense
 
 
-def attach(
-    model: nn.Module,
-    optimizer: Optimizer,
-    *,
-    budget: Budget | Price,
-    example_inputs: Any,
-    total_steps: int,
-    policy: Policy | None = None,
-    ignored_layers: Sequence[nn.Module | str] = (),
-    round_to: int | None = None,
-    seed: int = 0,
-) -> Controller:
-    """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
-
-    `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs are counted on
-    it. Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
-    ValueError name the argument; InfeasibleBudget carries the range that can be reached.
-    """
-    policy = Control() if policy is None else policy
-    _check_arguments(model, optimizer, budget, total_steps, policy)
-    structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
-    if not structure.groups:
-        reasons = (
-            "; ".join(f"{r.name}: {r.reason}" for r in structure.refused[:5]) or "no layer feeds another"
-        )
-        raise ValueError(f"model: nothing in {type(model).__name__} can be pruned ({reasons})")
-    _check_optimizer_covers(model, optimizer, structure)
-    setting = make_setting(
-        structure,
-        budget,
-        total_steps=total_steps,
-        round_to=round_to,
-        batch=_batch_size(example_inputs),
-        seed=seed,
-    )
-    return Controller(model, optimizer, setting, policy)
-
-
-def _check_arguments(
-    model: object, optimizer: object, budget: object, total_steps: object, policy: object
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
-    if not isinstance(budget, (Budget, Price)):
-        raise TypeError(
-            f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
-        )
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(
-            f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
-        )
-    if not callable(getattr(policy, "begin", None)):
-        raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
-    require_unattached(model)
-
-
 def require_unattached(model: nn.Module) -> None:
     """RuntimeError if a controller is at work on this model."""
     reference = _attached.get(model)
     if reference is not None and reference() is not None:
         raise RuntimeError("model: a controller is attached to it; call its finalize() or detach() first")
-
-
-def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    touched = {part.tensor for group in structure.groups for part in group.slices}
-    missing = [
-        name
-        for name, p in model.named_parameters()
-        if name in touched and p.requires_grad and id(p) not in held
-    ]
-    if missing:
-        raise ValueError(
-            f"optimizer: it does not hold {len(missing)} trainable parameters of prunable layers "
-            f"({', '.join(missing[:5])}); add them to it, freeze them, or name their layers in ignored_layers"
-        )
-
-
-def _batch_size(example_inputs: Any) -> int:
-    leaves = tree_leaves(example_inputs)
-    return next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
 class Controller:
@@ -167,13 +80,7 @@ class Controller:
         structure = setting.structure
         self.history = _new_history(setting)
         self.steps = 0
-        self.skipped = 0  # losses or gradients that were not finite, and steps the optimizer skipped
-        self._bad_in_a_row = 0
-        self._ran = False  # the optimizer, since the last step()
-        self._gradients = True  # there were some when it ran
-        self._row: Tensor | None = None  # the gate gradient read then, if it was
-        self._latest: Tensor | None = None  # the row of the last step that was read
-        self._unread: list[tuple[Tensor, bool, Tensor | None]] = []  # loss, ran, row: yet to be read
+        self._intake = Intake(self._plant)
         self._loss = math.nan
         self._overhead = 0.0
         self._began = time.process_time()
@@ -258,23 +165,14 @@ class Controller:
         """Before the optimizer runs: are there gradients, and what do the gates see?"""
         started = time.process_time()
         self._checkpoints.require_admitted()
-        self._ran, self._gradients, self._row = True, self._plant.has_gradients, None
-        if self._gradients and self._loop.wants_gradients(self.steps + 1):
-            self._row = _unscaled(self._plant.gate_gradient(), optimizer)
+        self._intake.before_step(optimizer, read=self._loop.wants_gradients(self.steps + 1))
         self._overhead += time.process_time() - started
 
     def step(self, loss: Tensor | float) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
         self._require_live("step")
         started = time.process_time()
-        value = _scalar(loss)
-        if self._ran and not self._gradients:
-            raise RuntimeError(
-                "step: no parameter of the prunable layers had a gradient when optimizer.step() ran; call "
-                "loss.backward() before it, zero_grad() after it, and train the model that is attached"
-            )
-        self._unread.append((value, self._ran, self._row))
-        self._ran, self._row = False, None
+        on_host = self._intake.after_step(loss)
         self.steps += 1
         if self.steps == self._setting.total_steps + 1:
             warnings.warn(
@@ -283,12 +181,26 @@ class Controller:
                 stacklevel=2,
             )
         due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
-        if due or value.device.type == "cpu":
+        if due or on_host:
             self._read()
         if due:
             self._update()
         self._arm()
         self._overhead += time.process_time() - started
+
+    def _read(self) -> None:
+        """Hand the steps since the last reading to the loop."""
+        for step in self._intake.read():
+            if math.isfinite(step.loss):
+                self._loss = step.loss
+                self._loop.watch(self.steps, step.loss)
+            if step.good and step.row is not None:
+                self._loop.observe(step.row, torch.full_like(step.row, math.nan))
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose loss or gradients were not finite, or that the optimizer skipped."""
+        return self._intake.skipped
 
     def _arm(self) -> None:
         """Record the next step's batch where the loop wants it; once at least, to tell a compiled model."""
@@ -298,49 +210,12 @@ class Controller:
             self._looked = True
             self._recorder.arm()
 
-    def _read(self) -> None:
-        """Hand the steps since the last reading to the loop: on a GPU one synchronisation for all of them."""
-        losses = torch.stack([loss.float() for loss, _, _ in self._unread]).tolist() if self._unread else []
-        rows = [row for _, _, row in self._unread if row is not None]
-        seen = iter(self._as_observed(torch.stack(rows).cpu()) if rows else ())
-        for loss, (_, ran, row) in zip(losses, self._unread, strict=True):
-            row, finite = (None, True) if row is None else next(seen)
-            good = ran and finite and math.isfinite(loss)
-            self._count(good)
-            if math.isfinite(loss):
-                self._loss = loss
-                self._loop.watch(self.steps, loss)
-            self._latest = row if good else None
-            if good and row is not None:
-                self._loop.observe(row, torch.full_like(row, math.nan))
-        self._unread.clear()
-
-    def _as_observed(self, rows: Tensor) -> list[tuple[Tensor, bool]]:
-        """Rows of gate gradients with NaN where a unit is absent, and whether they were finite otherwise."""
-        finite = rows.isfinite().all(1).tolist()
-        if self._plant.compact:
-            rows = rows.masked_fill(~torch.cat(self._plant.masks), math.nan)
-        return list(zip(rows, finite, strict=True))
-
-    def _count(self, good: bool) -> None:
-        if good:
-            self._bad_in_a_row = 0
-            return
-        self.skipped += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row == REPEATED:
-            warnings.warn(
-                f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, "
-                "or the optimizer skipped them); the masks hold until one is good",
-                stacklevel=4,
-            )
-
     def _update(self) -> None:
         if self._recorder.armed:
             self._compiled = True
             self._recorder.disarm()
         batch = self._recorder.take()
-        if self._bad_in_a_row:
+        if self._intake.bad_in_a_row:
             return
         self._event = ""
         plant = self._plant
@@ -376,25 +251,13 @@ class Controller:
         plant = self._plant
         if not any(g is not None for g in batch.gradients):
             return
-        self._loop.see_batch(_batch_size((batch.args, batch.kwargs)))
+        self._loop.see_batch(batch_size((batch.args, batch.kwargs)))
         trials = self._loop.trials(self.steps, plant.masks, plant.compact)
         if trials:
-            _, rows = identify(batch, self._loss)
-            changes = [switched(plant, t.group, t.units, off=t.off) for t in trials]
-            found = paired_difference(plant.model, batch, rows, changes)
-            offsets = [sum(plant.structure.sizes[:g]) for g in range(len(plant.masks))]
-            outcomes = [
-                Experiment(t.units + offsets[t.group], t.off, change, error)
-                for t, (change, error) in zip(trials, found, strict=True)
-                if math.isfinite(change)
-            ]
-            self._loop.learn(self.steps, plant.masks, outcomes)
+            self._loop.learn(self.steps, plant.masks, ablations(plant, batch, self._loss, trials))
         if self._loop.wants_probe(self.steps, plant.compact):
-            live = torch.cat(plant.masks)
-            gradients = probe(plant, batch).cpu()
-            if self._latest is not None:
-                gradients = gradients * _relative_scale(self._latest[live], gradients[live])
-            self._loop.observe(gradients.masked_fill(live, math.nan), torch.full_like(gradients, math.nan))
+            gradients = absent_gradients(plant, batch, self._intake.latest)
+            self._loop.observe(gradients, torch.full_like(gradients, math.nan))
             self._event = "probe"
 
     def _relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
@@ -521,7 +384,7 @@ class Controller:
             "plant": self._plant.state_dict(),
             "loop": self._loop.state_dict(),
             "history": self.history.state_dict(),
-            "counts": [self.steps, self.skipped, self._bad_in_a_row],
+            "counts": [self.steps, self._intake.skipped, self._intake.bad_in_a_row],
             "loss": self._loss,
             "seconds": [time.process_time() - self._began, self._overhead],
         }
@@ -553,7 +416,8 @@ class Controller:
             follower.apply(self._plant.masks, compact=self._plant.compact)
         self._loop = loop
         self.history.load_state_dict(state["history"])
-        self.steps, self.skipped, self._bad_in_a_row, self._loss = steps, skipped, bad, loss
+        self.steps, self._loss = steps, loss
+        self._intake.skipped, self._intake.bad_in_a_row = skipped, bad
         self._overhead, self._began = overhead, time.process_time() - seconds
         self._recorder.disarm()
         self._arm()
@@ -583,30 +447,3 @@ class Controller:
 def _new_history(setting: Setting) -> History:
     structure = setting.structure
     return History(structure.names, structure.sizes, setting.budget, setting.total_steps)
-
-
-def _scalar(loss: object) -> Tensor:
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
-        return loss.detach().reshape(())
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
-        return torch.tensor(float(loss))
-    raise TypeError(f"loss={type(loss).__name__}: give the scalar loss tensor of this step")
-
-
-def _unscaled(row: Tensor, optimizer: Optimizer | None) -> Tensor:
-    """As if a GradScaler had unscaled the gradients: fused optimizers do that inside their step.
-
-    NaN, hence not observed, where they are about to skip it.
-    """
-    scale, overflow = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-    if isinstance(overflow, Tensor):
-        row = torch.where(overflow.to(row.device) > 0, math.nan, row)
-    return row / scale.to(row.device) if isinstance(scale, Tensor) else row
-
-
-def _relative_scale(seen: Tensor, probed: Tensor) -> float:
-    """What the user did to the gradients between the loss and the optimizer: unscaling (AMP), clipping."""
-    scale = float((seen * probed).sum() / (probed * probed).sum().clamp_min(1e-30))
-    return scale if math.isfinite(scale) and scale > 0 else 1.0

@@ -19,6 +19,7 @@ from typing import TextIO
 import torch
 from torch import nn
 
+from .attach import attach
 from .budget import Budget
 from .compare import (
     Side,
@@ -31,7 +32,7 @@ from .compare import (
     ratio,
     train,
 )
-from .controller import Controller, attach
+from .controller import Controller
 from .export import save
 from .plots import plot
 from .report import quantity, results_table

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from .links import Link
 
-__all__ = ["Batch", "Recorder", "float_leaves", "identify", "paired_difference", "undisturbed"]
+__all__ = ["Batch", "Recorder", "batch_size", "float_leaves", "identify", "paired_difference", "undisturbed"]
 
 Rows = Callable[[list[Tensor]], Tensor]
 TOLERANCE = 1e-3
@@ -49,6 +49,12 @@ class Batch:
 
 def float_leaves(output: Any) -> list[Tensor]:
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def batch_size(inputs: Any) -> int:
+    """The length of the first dimension of the first tensor."""
+    leaves = tree_leaves(inputs)
+    return next((int(x.shape[0]) for x in leaves if isinstance(x, Tensor) and x.dim() > 0), 1)
 
 
 class Recorder:

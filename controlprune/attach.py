@@ -1,0 +1,98 @@
+"""`attach`: checks what the user gives, traces the model, and starts a controller on it.
+
+Nothing of the model or the optimizer is changed before everything has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .budget import Budget, Price
+from .controller import Controller, require_unattached
+from .policies.base import Policy
+from .policies.control import Control
+from .replay import batch_size
+from .setting import make_setting
+from .structure import analyse
+from .structure.groups import Structure
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    budget: Budget | Price,
+    example_inputs: Any,
+    total_steps: int,
+    policy: Policy | None = None,
+    ignored_layers: Sequence[nn.Module | str] = (),
+    round_to: int | None = None,
+    seed: int = 0,
+) -> Controller:
+    """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
+
+    `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs are counted on
+    it. Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
+    ValueError name the argument; InfeasibleBudget carries the range that can be reached.
+    """
+    policy = Control() if policy is None else policy
+    _check_arguments(model, optimizer, budget, total_steps, policy)
+    structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
+    if not structure.groups:
+        reasons = (
+            "; ".join(f"{r.name}: {r.reason}" for r in structure.refused[:5]) or "no layer feeds another"
+        )
+        raise ValueError(f"model: nothing in {type(model).__name__} can be pruned ({reasons})")
+    _check_optimizer_covers(model, optimizer, structure)
+    setting = make_setting(
+        structure,
+        budget,
+        total_steps=total_steps,
+        round_to=round_to,
+        batch=batch_size(example_inputs),
+        seed=seed,
+    )
+    return Controller(model, optimizer, setting, policy)
+
+
+def _check_arguments(
+    model: object, optimizer: object, budget: object, total_steps: object, policy: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
+    if not isinstance(budget, (Budget, Price)):
+        raise TypeError(
+            f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
+        )
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
+        )
+    if not callable(getattr(policy, "begin", None)):
+        raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
+    require_unattached(model)
+
+
+def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    touched = {part.tensor for group in structure.groups for part in group.slices}
+    missing = [
+        name
+        for name, p in model.named_parameters()
+        if name in touched and p.requires_grad and id(p) not in held
+    ]
+    if missing:
+        raise ValueError(
+            f"optimizer: it does not hold {len(missing)} trainable parameters of prunable layers "
+            f"({', '.join(missing[:5])}); add them to it, freeze them, or name their layers in ignored_layers"
+        )
