@@ -184,13 +184,15 @@ class _Check:
         return True
 
     def _agree(self, masks: list[Tensor]) -> bool:
+        self.model.eval()  # once: a model may drop what it caches whenever its mode is set
         masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
         try:
             live = {n: _select(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
             widths = [int(mask.sum()) for mask in masks]
             shrunk = self._run(live, widths)
             if self.trains:
-                self._run(live, widths, training=True)
+                self.model.train()
+                self._run(live, widths)
         except Exception as error:
             text = str(error).strip().splitlines()
             detail = f"{type(error).__name__}: {text[0] if text else ''}"
@@ -209,13 +211,10 @@ class _Check:
                     value = value.index_fill(entry.dim, off.nonzero().flatten(), 0)
         return value
 
-    def _run(
-        self, values: Mapping[str, Tensor], widths: list[int] | None, training: bool = False
-    ) -> list[Tensor]:
+    def _run(self, values: Mapping[str, Tensor], widths: list[int] | None) -> list[Tensor]:
         with _exchanged(self.model, values), torch.no_grad():
             try:
                 set_sizes(self.model, self.structure, widths)
-                self.model.train(training)
                 torch.manual_seed(0)
                 with reference_kernels(self.model):
                     return output_tensors(call_model(self.model, copied(self.example_inputs)))

@@ -529,6 +529,23 @@ class ScaledByWidth(nn.Module):
         return self.out(x * x.shape[-1] ** -0.5)
 
 
+class CachedBias(nn.Module):
+    """In eval mode the bias is kept at the width it first had; setting the mode drops it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.bias, self.kept = nn.Parameter(torch.randn(8)), {}
+
+    def train(self, mode: bool = True) -> CachedBias:
+        self.kept = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.training else self.kept.setdefault("bias", self.bias * 2)
+        return self.out(self.second(self.first(x) + bias).relu())
+
+
 class CellLoop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -648,6 +665,7 @@ CASES = {
     "padded_shortcut": (PaddedShortcut, (2, 3, 8, 8), [8]),
     "written_in_place": (Written, VECTOR, [4, 8]),
     "scaled_by_width": (ScaledByWidth, VECTOR, []),
+    "cached_bias": (CachedBias, VECTOR, [6]),
     "cell_loop": (CellLoop, SEQUENCE, [6, 8]),
     "dynamic_weights": (DynamicWeights, (2, 3, 8, 8), [6]),
     "transposed": (Transposed, (2, 3, 4, 4), [3, 3, 4, 8]),
