@@ -6,7 +6,7 @@ for couplings that exist only there (auxiliary heads). The model is left exactly
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,7 +26,6 @@ def analyse(
     example_inputs: ExampleInputs,
     *,
     ignored_layers: Sequence[nn.Module | str] = (),
-    optimizer_parameters: Iterable[nn.Parameter] | None = None,
     check: bool = True,
 ) -> Structure:
     """Groups, refusals, extents of every tensor, and counted work of `model` on `example_inputs`.
