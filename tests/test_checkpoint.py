@@ -262,7 +262,7 @@ def test_a_copied_optimizer_is_its_own() -> None:
     other.step()
     other.load_state_dict(other.state_dict())
     assert_same_bits(before, bits(run.model, run.optimizer))
-    assert run.controller._ran is False
+    assert run.controller._intake._ran is False
 
 
 @pytest.mark.parametrize("end", ["finalize", "detach"])
