@@ -339,9 +339,11 @@ class ControlLoop:
             resources=names,
         )
         solution = solve(problem)
-        short = limits - solution.costs > problem.tolerance * dense
-        if exact and short.all():  # the holds keep the limit from being filled: they give way
-            return solve(replace(problem, held=None))
+        free = replace(problem, held=None)
+        for easier in (free, replace(free, floors=setting.floors)) if exact else ():
+            if not (limits - solution.costs > problem.tolerance * dense).all():
+                break  # some limit is filled; else what keeps them from it gives way, holds first
+            solution = solve(easier)
         return solution
 
     def _answer(
