@@ -155,7 +155,8 @@ def pruned_side(
     step = trainer(work, model, optimizer, x, y)
     structure = analyse(model, (x,))
     plant = Plant(model, optimizer, structure)
-    step(), step()
+    step()
+    step()
     plant.apply(random_masks(structure, widths), compact=compact)
     return step
 

@@ -37,14 +37,16 @@ def test_absent_units_rest():
 
 
 def test_fisher_of_a_linear_least_squares_gate_is_its_curvature():
-    """At the optimum of ½(y − g a)² with unit noise, H of the gate is E a²; the Fisher estimate must find it."""
+    """At the optimum of ½(y − g a)² with unit noise, H of the gate is E a²: the Fisher estimate."""
     generator = torch.Generator().manual_seed(1)
     batch, a = 32, torch.tensor([0.5, 2.0])
     moments = start_moments(2)
     for _ in range(3000):
         x = torch.randn(batch, 2, generator=generator)
         noise = torch.randn(batch, generator=generator)
-        gradient = (noise[:, None] * a * x).mean(0)  # d/dg of ½(noise + (1 − g)·a·x)² at g = 1, mean over the batch
+        gradient = (noise[:, None] * a * x).mean(
+            0
+        )  # d/dg of ½(noise + (1 − g)·a·x)² at g = 1, mean over the batch
         moments = observe(moments, gradient, 0.999)
     _, curvature = fisher(moments, 0.999, batch)
     torch.testing.assert_close(curvature, a**2, rtol=0.15, atol=0.0)

@@ -13,13 +13,16 @@ from controlprune.replay import Recorder, identify, paired_difference, undisturb
 
 def net(outputs=5):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, outputs))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, outputs)
+    )
 
 
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])
 LOSSES = {
     "cross-entropy": (lambda y, t: F.cross_entropy(y, t), "cross-entropy"),
     "cross-entropy, sum": (lambda y, t: F.cross_entropy(y, t, reduction="sum"), "cross-entropy"),
-    "cross-entropy, weights": (lambda y, t: F.cross_entropy(y, t, weight=torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])), "cross-entropy"),
+    "cross-entropy, weights": (lambda y, t: F.cross_entropy(y, t, weight=WEIGHTS), "cross-entropy"),
     "squared error": (lambda y, t: F.mse_loss(y, F.one_hot(t, 5).float()), "squared error"),
     "logistic": (lambda y, t: F.binary_cross_entropy_with_logits(y, F.one_hot(t, 5).float()), "logistic"),
     "huber-like": (lambda y, t: (y - F.one_hot(t, 5)).abs().pow(1.5).mean(), "local metric"),
@@ -108,9 +111,8 @@ def test_replay_leaves_no_trace_and_pairs_exactly():
 def test_undisturbed_restores_after_an_error():
     model = net()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="boom"), undisturbed(model):
-        model(torch.randn(4, 6))
-        raise RuntimeError("boom")
+    with pytest.raises(RuntimeError, match="shapes"), undisturbed(model):
+        model[1](model[0](torch.randn(4, 6))) @ torch.zeros(3, 3)
     assert torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
