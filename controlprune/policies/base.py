@@ -8,7 +8,7 @@ loop sees statistics and answers masks; it never touches the model, and what it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,7 +61,6 @@ class Decision:
     reference: Mapping[str, float]
     price: Mapping[str, float]
     event: str = ""
-    predicted: float = field(default=0.0)  # rise of the loss the solver expects of the switched units
 
 
 class Loop(Protocol):
