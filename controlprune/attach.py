@@ -17,7 +17,7 @@ from .policies.base import Policy
 from .policies.control import Control
 from .replay import batch_size
 from .setting import make_setting
-from .structure import analyse
+from .structure import analyse, require_groups
 from .structure.groups import Structure
 
 __all__ = ["attach"]
@@ -44,11 +44,7 @@ def attach(
     policy = Control() if policy is None else policy
     _check_arguments(model, optimizer, budget, total_steps, policy)
     structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
-    if not structure.groups:
-        reasons = (
-            "; ".join(f"{r.name}: {r.reason}" for r in structure.refused[:5]) or "no layer feeds another"
-        )
-        raise ValueError(f"model: nothing in {type(model).__name__} can be pruned ({reasons})")
+    require_groups(structure, type(model).__name__)
     _check_optimizer_covers(model, optimizer, structure)
     setting = make_setting(
         structure,

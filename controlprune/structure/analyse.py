@@ -72,12 +72,12 @@ def find_groups(
     return analyse(model, example_inputs, ignored_layers=ignored_layers).groups
 
 
-def require_groups(structure: Structure) -> Structure:
+def require_groups(structure: Structure, model: str = "this model") -> Structure:
     """The structure itself, or an error that says why nothing in the model can be pruned."""
     if not structure.groups:
         reasons = "\n".join(f"  {r.name} ({r.size}): {r.reason}" for r in structure.refused)
         raise ValueError(
-            f"nothing in this model can be pruned:\n{reasons or '  it has no parameters that are read'}"
+            f"model: nothing in {model} can be pruned:\n{reasons or '  it has no parameters that are read'}"
         )
     return structure
 
