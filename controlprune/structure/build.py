@@ -7,14 +7,14 @@ at least one parameter reads it, and every contraction over it is with parameter
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from .axes import Axis, factors_of, leaves, parts_of, pin
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in
 from .groups import Group, Refusal, Role, SizeAttribute, Slice, Structure, Work
-from .tape import Source, Tape
+from .tape import Source, Tape, TracedWork
 
 __all__ = ["build"]
 
@@ -146,9 +146,10 @@ def _structure(
         names[name] += 1
         name = name if names[name] == 1 else f"{name}:{names[name]}"
         groups.append(Group(name, leaf.size, kind, tuple(slices)))
-    work = tuple(
-        Work(w.where, w.operator, w.coefficient, tuple(_extent(axis, numbers) for axis in w.factors))
-        for w in tape.work
+    known: dict[Axis, Extent] = {}
+    work, traffic, activations = (
+        [_work(traced, numbers, known) for traced in terms]
+        for terms in (tape.work, tape.traffic, tape.activations)
     )
     attributes = tuple(
         SizeAttribute(module, attribute, index, extent)
@@ -157,7 +158,34 @@ def _structure(
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
     refused = _refusals(places, read, parameters)
-    return Structure(tuple(groups), refused, tensors, parameters, attributes, work, dict(tape.aliases))
+    return Structure(
+        groups=tuple(groups),
+        refused=refused,
+        tensors=tensors,
+        parameters=parameters,
+        attributes=attributes,
+        work=tuple(work),
+        traffic=merged(traffic),
+        activations=tuple(activations),
+        aliases=dict(tape.aliases),
+    )
+
+
+def _work(traced: TracedWork, numbers: dict[Axis, int], known: dict[Axis, Extent]) -> Work:
+    for axis in traced.factors:
+        if axis.root not in known:
+            known[axis.root] = _extent(axis, numbers)
+    factors = tuple(known[axis.root] for axis in traced.factors)
+    return Work(traced.where, traced.operator, traced.coefficient, factors)
+
+
+def merged(terms: Iterable[Work]) -> tuple[Work, ...]:
+    """Terms of the same operator, place and factors added up."""
+    total: dict[tuple[str, str, tuple[Extent, ...]], int] = {}
+    for term in terms:
+        key = (term.where, term.operator, term.factors)
+        total[key] = total.get(key, 0) + term.coefficient
+    return tuple(Work(where, operator, n, factors) for (where, operator, factors), n in total.items())
 
 
 def _refusals(

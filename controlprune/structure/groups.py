@@ -8,6 +8,8 @@ Everything here is frozen and framework-free: names and terms, no tensors of the
   `producer` computes the unit or is applied to it unit by unit (rows, biases, norm entries).
 - **Work** is one counted operator: `FLOPs = coefficient × Π size(factor)`, as torch's FlopCounterMode
   counts it (a multiply-add is 2).
+- **Traffic** is what one operator writes: `bytes = coefficient × Π size(factor)`, the factors being the
+  dimensions of its output and the coefficient the bytes of an element. Views write nothing.
 - A **size attribute** is a Python integer the model's code reads (`num_heads`, `in_features`, `groups`),
   equal to the size of an extent; it must follow when the tensors shrink.
 """
@@ -65,7 +67,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Work:
-    """One operator: FLOPs per forward pass on the example inputs = coefficient × Π size(factor)."""
+    """One operator: FLOPs or bytes of a forward on the example inputs = coefficient × Π size(factor)."""
 
     where: str  # dotted name of the module that ran it
     operator: str
@@ -89,7 +91,9 @@ class Structure:
 
     `tensors` gives, for every parameter and buffer (canonical names, shared ones once), one extent per
     dimension, Fixed where nothing is prunable; `work` the counted operators of one forward pass on the
-    example inputs in eval mode; `aliases` the extra names of shared tensors -> canonical name.
+    example inputs in eval mode; `traffic` what each operator of that pass writes, like terms added up;
+    `activations` what each operator of a pass in training mode allocates, one entry per tensor, in order;
+    `aliases` the extra names of shared tensors -> canonical name.
     """
 
     groups: tuple[Group, ...]
@@ -98,6 +102,8 @@ class Structure:
     parameters: frozenset[str]  # which of `tensors` are parameters (the others are buffers)
     attributes: tuple[SizeAttribute, ...]
     work: tuple[Work, ...]
+    traffic: tuple[Work, ...] = ()
+    activations: tuple[Work, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 

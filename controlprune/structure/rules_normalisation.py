@@ -8,6 +8,7 @@ weight_norm w = g·v/‖v‖ over all dims but one zeroed columns add nothing to
 
 from __future__ import annotations
 
+from .axes import Axis
 from .rules import rule
 from .tape import Call, Dim, Dims, Read, Tape
 
@@ -76,4 +77,5 @@ def weight_norm(tape: Tape, call: Call) -> list[Dims]:
             tape.reads.append(Read(dim.axis, dim.sources))
         else:
             tape.pin(dim.axis, "weight_norm takes a norm over it")
-    return [out]
+    norms = [out[d].plain if d == free else Dim(Axis(1)) for d in range(len(dims))]
+    return [out, norms]

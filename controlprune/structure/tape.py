@@ -22,9 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import axes
 from .axes import Axis, Misfit
 
-__all__ = ["Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork"]
+__all__ = ["Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
 
 Source: TypeAlias = tuple[str, int]  # (parameter name, dimension)
+UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Read:
 
 @dataclass(frozen=True)
 class TracedWork:
-    """FLOPs of one operator: coefficient × Π sizes of the axes."""
+    """FLOPs of one operator, or bytes that it writes: coefficient × Π sizes of the axes."""
 
     where: str
     operator: str
@@ -83,6 +84,8 @@ class Call:
     outputs: list[Tensor]
     entries: dict[int, Entry]  # id(tensor argument) -> entry
     pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once an output is used
+    storages: frozenset[int] = frozenset()  # of the tensor arguments
+    writes: bool = False  # it changes an argument in place
 
     def dims(self, argument: str) -> Dims:
         return self.entries[id(self.arguments[argument])].dims
@@ -121,6 +124,8 @@ class Tape:
     reads: list[Read] = field(default_factory=list)
     kept: dict[Source, list[Axis]] = field(default_factory=dict)
     work: list[TracedWork] = field(default_factory=list)
+    traffic: list[TracedWork] = field(default_factory=list)
+    activations: list[TracedWork] = field(default_factory=list)
     attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
     where: str = ""
     counting: bool = True
@@ -236,6 +241,15 @@ class Tape:
         if self.counting:
             self.work.append(TracedWork(self.where, operator, coefficient, factors))
 
+    def write(self, call: Call, output: Tensor, dims: Dims) -> None:
+        """Record what the operator writes in eval mode, and what it allocates in training mode."""
+        new = storage_of(output) not in call.storages
+        axes = tuple(dim.axis for dim in dims)
+        if self.counting and (new or call.writes) and not call.name.startswith(UNWRITTEN):
+            self.traffic.append(TracedWork(self.where, call.name, output.element_size(), axes))
+        elif new and not self.counting:
+            self.activations.append(TracedWork(self.where, call.name, output.element_size(), axes))
+
     def bind(self, module: str, attribute: str, index: int | None, axis: Axis) -> None:
         """`module.attribute` is the size of `axis`; two axes of one attribute are one axis."""
         key = (module, attribute, index)
@@ -247,6 +261,11 @@ class Tape:
 
 
 Rule: TypeAlias = Callable[[Tape, Call], "list[Dims]"]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identifies the memory that a tensor lies in while it lives; 0 where it has none of its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else 0
 
 
 def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:

@@ -33,7 +33,7 @@ from . import (
 from .attributes import SizeWatcher, traced_attributes
 from .rules import fresh, lookup, taint
 from .rules_elementwise import elementwise
-from .tape import Call, Dims, Rule, Tape
+from .tape import Call, Dims, Rule, Tape, storage_of
 
 __all__ = ["ExampleInputs", "Recorder", "call_model", "output_tensors", "record", "untouched"]
 
@@ -90,12 +90,14 @@ class Recorder(TorchDispatchMode):
                 arguments[argument.name] = kwargs.get(argument.name, argument.default_value)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         entries = {id(tensor): self.tape.entry(tensor) for tensor in tensors}
-        return Call(func._schema.name, arguments, [], entries)
+        storages = frozenset(map(storage_of, tensors))
+        return Call(func._schema.name, arguments, [], entries, [], storages, func._schema.is_mutable)
 
     def _write(self, rule: Rule, call: Call) -> None:
         weight = all(entry.weight for entry in call.entries.values())
         for output, dims in zip(call.outputs, self._apply(rule, call), strict=True):
             self.tape.set(output, dims, weight, call.pending)
+            self.tape.write(call, output, dims)
 
     def _apply(self, rule: Rule, call: Call) -> list[Dims]:
         """What the rule says of each output; a call that the rule doesn't foresee taints."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
-from .groups import Refusal, Slice, Structure
+from .groups import Refusal, Slice, Structure, Work
 from .sizes import set_sizes
 from .trace import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
 
@@ -278,6 +278,9 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
     def cut_slice(entry: Slice) -> Slice:
         return replace(entry, extent=cut(entry.extent))
 
+    def cut_work(terms: Sequence[Work]) -> tuple[Work, ...]:
+        return tuple(replace(w, factors=tuple(cut(factor) for factor in w.factors)) for w in terms)
+
     groups = tuple(
         replace(group, slices=tuple(cut_slice(entry) for entry in group.slices))
         for number, group in enumerate(structure.groups)
@@ -291,5 +294,7 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
         refused=(*structure.refused, *refused),
         tensors={name: tuple(cut(extent) for extent in dims) for name, dims in structure.tensors.items()},
         attributes=tuple(a for a in attributes if groups_in(a.extent)),
-        work=tuple(replace(w, factors=tuple(cut(factor) for factor in w.factors)) for w in structure.work),
+        work=cut_work(structure.work),
+        traffic=cut_work(structure.traffic),
+        activations=cut_work(structure.activations),
     )
