@@ -34,6 +34,7 @@ from .columns import Gather, Watch, gather, inner, per_unit, select_others
 from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
 from .shrink import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
+from .structure.caches import drop_caches
 from .structure.extents import groups_in
 from .structure.groups import Structure
 from .structure.sizes import set_sizes
@@ -103,6 +104,8 @@ class Plant:
         if changed and (compact or self.compact):
             widths = tuple(int(m.sum()) for m in masks) if compact else self.structure.sizes
             set_sizes(self.model, self.structure, widths)
+        if changed:
+            drop_caches(self.model)
         self.masks, self.compact = masks, compact
         self._hook(tensors)
 

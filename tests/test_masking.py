@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from controlprune.masking import Plant
-from controlprune.structure.groups import Structure
+from controlprune.structure import Structure, analyse
 
 NETS = ("mlp", "residual", "concatenated")
 
@@ -579,3 +579,43 @@ def test_whatever_the_optimizer_moves_dormant_units_stay_silent_and_parked() -> 
             masks,
         )
         assert torch.equal(p, start[name])
+
+
+class Keeps(nn.Module):
+    """Reads the first layer through columns that it keeps in eval mode, until its mode is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Keeps:
+        super().train(mode)
+        self.kept = None
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None or self.training:
+            self.kept = 2 * self.second.weight
+        return nn.functional.linear(self.norm(self.first(x)).sigmoid(), self.kept, self.second.bias)
+
+
+def test_what_a_module_keeps_of_its_weights_goes_with_them() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Keeps(), nn.Identity()).eval(), torch.randn(5, 4)
+    model[0].norm.train()
+    model[0].norm.momentum = 0.0
+    structure = analyse(model, (x,))
+    assert structure.sizes == (6,)
+    plant, masks = Plant(model, None, structure), [torch.tensor([1, 0, 1, 1, 0, 0], dtype=torch.bool)]
+    modes = [module.training for module in model.modules()]
+    dense = model(x)
+    outputs = []
+    for compact in (False, True):
+        plant.apply(masks, compact=compact)
+        outputs.append(model(x))
+        assert [module.training for module in model.modules()] == modes
+    assert torch.allclose(*outputs, atol=1e-6)
+    assert not torch.allclose(outputs[0], dense)
+    plant.release()
+    assert torch.equal(model(x), dense)

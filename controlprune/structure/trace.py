@@ -31,6 +31,7 @@ from . import (
     rules_views,
 )
 from .attributes import SizeWatcher, traced_attributes
+from .caches import own_train
 from .rules import fresh, lookup, taint
 from .rules_elementwise import elementwise
 from .tape import Call, Dims, Rule, Tape, storage_of
@@ -221,12 +222,17 @@ def reference_kernels(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the model's modes, buffers, plain attributes and the random state come back."""
+    """Whatever runs inside, the model's modes, buffers, plain attributes and the random state come back.
+
+    So do the parameters of modules that do something of their own (merge an update) when the mode is set.
+    """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
     held = [value for plain in attributes for value in plain.values() if type(value) in HELD]
     contents = [(value, type(value)(value)) for value in held]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    written = [p for module in modules if own_train(module) for p in module.parameters(recurse=False)]
+    held_values = [t for t in (*model.buffers(), *written) if t.device.type != "meta"]
+    values = [(tensor, tensor.detach().clone()) for tensor in held_values]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -242,9 +248,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
         with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for tensor, value in values:
+                if not torch.equal(tensor, value):
+                    tensor.data.copy_(value)
         for parameter, flag in gradients:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from .caches import drop_caches
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
 from .groups import Refusal, Slice, Structure, Work
 from .sizes import set_sizes
@@ -184,7 +185,7 @@ class _Check:
         return True
 
     def _agree(self, masks: list[Tensor]) -> bool:
-        self.model.eval()  # once: a model may drop what it caches whenever its mode is set
+        self.model.eval()
         masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
         try:
             live = {n: _select(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
@@ -215,6 +216,7 @@ class _Check:
         with _exchanged(self.model, values), torch.no_grad():
             try:
                 set_sizes(self.model, self.structure, widths)
+                drop_caches(self.model)
                 torch.manual_seed(0)
                 with reference_kernels(self.model):
                     return output_tensors(call_model(self.model, copied(self.example_inputs)))

@@ -530,20 +530,54 @@ class ScaledByWidth(nn.Module):
 
 
 class CachedBias(nn.Module):
-    """In eval mode the bias is kept at the width it first had; setting the mode drops it."""
+    """Attention biases by offset, gathered in eval mode and kept until the next training mode (LeViT)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.out = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 2)
-        self.bias, self.kept = nn.Parameter(torch.randn(8)), {}
+        self.heads, self.head_dim, tokens = 4, 3, 7
+        self.qkv, self.out = nn.Linear(5, 36), nn.Linear(12, 5)
+        self.biases, self.kept = nn.Parameter(torch.randn(4, tokens)), {}
+        places = torch.arange(tokens)
+        self.register_buffer("offsets", (places[:, None] - places).abs(), persistent=False)
 
+    @torch.no_grad()
     def train(self, mode: bool = True) -> CachedBias:
-        self.kept = {}
+        super().train(mode)
+        if mode and self.kept:
+            self.kept = {}
+        return self
+
+    def bias(self) -> Tensor:
+        if self.training:
+            return self.biases[:, self.offsets]
+        if "cpu" not in self.kept:
+            self.kept["cpu"] = self.biases[:, self.offsets]
+        return self.kept["cpu"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, self.heads, -1).split([self.head_dim] * 3, dim=3)
+        q, k, v = q.permute(0, 2, 1, 3), k.permute(0, 2, 3, 1), v.permute(0, 2, 1, 3)
+        mixed = (q @ k + self.bias()).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(b, t, self.heads * self.head_dim))
+
+
+class KeptFilter(nn.Module):
+    """In eval mode the columns that read the first layer are kept too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.kept = nn.Linear(5, 8), nn.Linear(8, 6), None
+        self.out = nn.Linear(6, 2)
+
+    def train(self, mode: bool = True) -> KeptFilter:
+        self.kept = None
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.training else self.kept.setdefault("bias", self.bias * 2)
-        return self.out(self.second(self.first(x) + bias).relu())
+        if self.kept is None or self.training:
+            self.kept = self.second.weight * 2
+        return self.out(F.linear(self.first(x).relu(), self.kept, self.second.bias).relu())
 
 
 class CellLoop(nn.Module):
@@ -665,7 +699,8 @@ CASES = {
     "padded_shortcut": (PaddedShortcut, (2, 3, 8, 8), [8]),
     "written_in_place": (Written, VECTOR, [4, 8]),
     "scaled_by_width": (ScaledByWidth, VECTOR, []),
-    "cached_bias": (CachedBias, VECTOR, [6]),
+    "cached_bias": (CachedBias, SEQUENCE, [4]),
+    "kept_filter": (KeptFilter, VECTOR, [6, 8]),
     "cell_loop": (CellLoop, SEQUENCE, [6, 8]),
     "dynamic_weights": (DynamicWeights, (2, 3, 8, 8), [6]),
     "transposed": (Transposed, (2, 3, 4, 4), [3, 3, 4, 8]),

@@ -213,3 +213,30 @@ def test_layer_scale_does_not_hide_an_error():
 
     refused = {r.name: r.reason for r in analyse(Scaled(), (torch.randn(3, 4),)).refused}
     assert "masked and shrunk outputs differ" in refused["up"]
+
+
+def test_weights_that_a_mode_merges_come_back():
+    """LoRA as its authors wrote it: eval mode adds the update to the weight, in place."""
+
+    class Merges(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 8)
+            self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(8, 2))
+            self.merged = False
+
+        def train(self, mode: bool = True) -> Merges:
+            super().train(mode)
+            if mode == self.merged:
+                self.weight.data += (-1 if mode else 1) * (self.b @ self.a)
+                self.merged = not mode
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return y if self.merged else y + x @ self.a.T @ self.b.T
+
+    model, x = nn.Sequential(Merges(), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    analyse(model, (x,))
+    assert not model[0].merged
+    assert all(torch.equal(values[k], v) for k, v in model.state_dict().items())
