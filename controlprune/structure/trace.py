@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,17 @@ from .rules import fresh, lookup, taint
 from .rules_elementwise import elementwise
 from .tape import Call, Dims, Rule, Tape, storage_of
 
-__all__ = ["ExampleInputs", "Recorder", "call_model", "output_tensors", "record", "untouched"]
+__all__ = [
+    "ExampleInputs",
+    "Recorder",
+    "call_model",
+    "copied",
+    "input_tensors",
+    "module_names",
+    "output_tensors",
+    "record",
+    "untouched",
+]
 
 ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
 RULE_MODULES = (
@@ -180,8 +190,15 @@ def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
     return output
 
 
+class Located(Protocol):
+    """Something that is told which module of its model is running."""
+
+    model: nn.Module
+    where: str
+
+
 @contextmanager
-def module_names(tape: Tape) -> Iterator[None]:
+def module_names(tape: Located) -> Iterator[None]:
     """Keep `tape.where` at the dotted name of the module that is running."""
     names = {module: name for name, module in tape.model.named_modules()}
     stack: list[str] = []
