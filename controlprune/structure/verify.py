@@ -12,17 +12,15 @@ model's own tensors come back untouched: only `.data` is exchanged, and put back
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from .caches import drop_caches
+from .exchange import at_widths, select_live, tensors_of
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
 from .groups import Refusal, Slice, Structure, Work
-from .sizes import set_sizes
 from .trace import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
 
 __all__ = ["verify", "without"]
@@ -87,14 +85,10 @@ def _rounded(mask: Tensor, multiple: int) -> Tensor:
     return mask
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
 def _disturbed(model: nn.Module, structure: Structure, seed: int) -> dict[str, Tensor]:
     """Values for the check: the model's own, but constants made random."""
     generator = torch.Generator().manual_seed(seed)
-    values = {name: tensor.detach() for name, tensor in _tensors(model).items()}
+    values = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
     for name, value in values.items():
         grouped = any(groups_in(extent) for extent in structure.tensors[name])
         if (grouped or name in structure.parameters) and _is_constant(value):
@@ -188,7 +182,7 @@ class _Check:
         self.model.eval()
         masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
         try:
-            live = {n: _select(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
+            live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
             widths = [int(mask.sum()) for mask in masks]
             shrunk = self._run(live, widths)
             if self.trains:
@@ -213,22 +207,10 @@ class _Check:
         return value
 
     def _run(self, values: Mapping[str, Tensor], widths: list[int] | None) -> list[Tensor]:
-        with _exchanged(self.model, values), torch.no_grad():
-            try:
-                set_sizes(self.model, self.structure, widths)
-                drop_caches(self.model)
-                torch.manual_seed(0)
-                with reference_kernels(self.model):
-                    return output_tensors(call_model(self.model, copied(self.example_inputs)))
-            finally:
-                set_sizes(self.model, self.structure, None)
-
-
-def _select(value: Tensor, extents: Sequence[Extent], masks: list[Tensor]) -> Tensor:
-    for dim, extent in enumerate(extents):
-        if groups_in(extent):
-            value = value.index_select(dim, keep(extent, masks).nonzero().flatten().to(value.device))
-    return value
+        with at_widths(self.model, self.structure, values, widths), torch.no_grad():
+            torch.manual_seed(0)
+            with reference_kernels(self.model):
+                return output_tensors(call_model(self.model, copied(self.example_inputs)))
 
 
 def _close(masked: Tensor, shrunk: Tensor) -> bool:
@@ -241,20 +223,6 @@ def _close(masked: Tensor, shrunk: Tensor) -> bool:
     difference = (masked - shrunk).abs().nan_to_num(0.0, 0.0)
     same_holes = torch.equal(masked.isnan(), shrunk.isnan())
     return same_holes and bool((difference <= tolerance * scale.nan_to_num(1.0, 1.0)).all())
-
-
-@contextmanager
-def _exchanged(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model's tensors hold other data inside, of other shapes perhaps."""
-    own = _tensors(model)
-    before = {name: own[name].data for name in values}
-    try:
-        for name, value in values.items():
-            own[name].data = value
-        yield
-    finally:
-        for name, value in before.items():
-            own[name].data = value
 
 
 def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
