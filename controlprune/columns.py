@@ -84,7 +84,7 @@ class Gather:
 
     places: tuple[Place, ...]
     where: Tensor | None  # None: every position, in order
-    unit: Tensor  # over all groups, one group after the other
+    unit: Tensor  # over all groups, one group after the other; like `where` in the narrowest integers
     units: int
 
 
@@ -116,7 +116,10 @@ def gather(
     index = torch.cat(where)
     ordered = len(index) == offset and bool((index == torch.arange(offset)).all())
     return Gather(
-        tuple(places), None if ordered else index.to(device), torch.cat(unit).to(device), starts[-1]
+        tuple(places),
+        None if ordered else _narrow(index, offset).to(device),
+        _narrow(torch.cat(unit), starts[-1]).to(device),
+        starts[-1],
     )
 
 
@@ -130,7 +133,8 @@ def per_unit(plan: Gather, live: PerPosition, parked: PerPosition) -> Tensor:
     out = torch.zeros(plan.units, device=device)
     if parts:
         values = torch.cat(parts)
-        out.index_add_(0, plan.unit, (values if plan.where is None else values[plan.where]).to(out))
+        values = values if plan.where is None else values[plan.where.long()]
+        out.index_add_(0, plan.unit.int(), values.to(out))
     return out
 
 
@@ -171,6 +175,11 @@ def _positions(
     live_at = (here[live] if compact else here).nonzero().flatten()
     parked_at = gone[silent].nonzero().flatten()
     return [(live_at, units[here]), (parked_at, units[silent[parked_at]])]
+
+
+def _narrow(index: Tensor, bound: int) -> Tensor:
+    """`index`, all under `bound`, in few bytes: there is one for every position that is read."""
+    return index.to(torch.int16 if bound <= 2**15 else torch.int32)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

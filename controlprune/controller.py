@@ -181,21 +181,23 @@ class Controller:
                 stacklevel=2,
             )
         due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
-        if due or on_host:
-            self._read()
+        row = self._read() if due or on_host else None
         if due:
-            self._update()
+            self._update(row)
         self._arm()
         self._overhead += time.process_time() - started
 
-    def _read(self) -> None:
-        """Hand the steps since the last reading to the loop."""
+    def _read(self) -> Tensor | None:
+        """Hand the steps since the last reading to the loop; the last one's row if it was good."""
+        row = None
         for step in self._intake.read():
             if math.isfinite(step.loss):
                 self._loss = step.loss
                 self._loop.watch(self.steps, step.loss)
             if step.good and step.row is not None:
                 self._loop.observe(step.row, torch.full_like(step.row, math.nan))
+            row = step.row if step.good else None
+        return row
 
     @property
     def skipped(self) -> int:
@@ -210,7 +212,7 @@ class Controller:
             self._looked = True
             self._recorder.arm()
 
-    def _update(self) -> None:
+    def _update(self, row: Tensor | None) -> None:
         if self._recorder.armed:
             self._compiled = True
             self._recorder.disarm()
@@ -219,15 +221,19 @@ class Controller:
             return
         self._event = ""
         plant = self._plant
-        weights = torch.cat(plant.weight_norms()).cpu()
-        self._loop.observe(torch.full_like(weights, math.nan), weights)
+        self._weigh()
         if batch is not None:
-            self._calibrate(batch)
+            self._calibrate(batch, row)
         before, was_compact = plant.masks, plant.compact
         decision = self._loop.decide(self.steps, plant.masks, plant.compact)
         if self._admits(decision):
             self._relayout(decision.masks, decision.compact)
         self._write(decision, before, was_compact)
+
+    def _weigh(self) -> None:
+        """Norms are read where something is to be decided, and not kept."""
+        weights = torch.cat(self._plant.weight_norms()).cpu()
+        self._loop.observe(torch.full_like(weights, math.nan), weights)
 
     def _admits(self, decision: Decision) -> bool:
         """May the tensors take the shapes of this decision? Only a compiled model is limited (layouts.py)."""
@@ -246,7 +252,7 @@ class Controller:
             ((1.0 - self._setting.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0
         )
 
-    def _calibrate(self, batch: Batch) -> None:
+    def _calibrate(self, batch: Batch, row: Tensor | None) -> None:
         """Paired ablations and probes on the recorded batch, as far as the loop asks for them."""
         plant = self._plant
         if not any(g is not None for g in batch.gradients):
@@ -256,7 +262,7 @@ class Controller:
         if trials:
             self._loop.learn(self.steps, plant.masks, ablations(plant, batch, self._loss, trials))
         if self._loop.wants_probe(self.steps, plant.compact):
-            gradients = absent_gradients(plant, batch, self._intake.latest)
+            gradients = absent_gradients(plant, batch, row)
             self._loop.observe(gradients, torch.full_like(gradients, math.nan))
             self._event = "probe"
 
@@ -340,6 +346,7 @@ class Controller:
         self._require_live("finalize")
         self._checkpoints.require_admitted()
         before, was_compact = self._plant.masks, self._plant.compact
+        self._weigh()
         decision = self._loop.last(before)
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")

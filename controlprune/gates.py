@@ -12,7 +12,8 @@ cut deep must be able to ask for width back.
 θ is trained online with the model, on what can be observed:
 
     calibration   paired ablations e: a set S_e of units switched on one batch changed the loss by D_e ± σ_e
-                  w_e ℓ(log |Σ_{i∈S_e} v_i| − log |D_e|),  w_e = |D_e| / (|D_e| + σ_e),  ℓ = smooth L1
+                  w_e ℓ(log b_e + f_θ(φ_e) − log |D_e|),  w_e = |D_e| / (|D_e| + σ_e),  ℓ = smooth L1
+                  with b_e = Σ_{i∈S_e} b_i and φ_e = Σ b_i φ_i / b_e: an experiment is kept as one unit
                   (values span decades, so ratios count; an experiment whose sign contradicts v has w_e = 0)
     trade-off     the gradient of L + λC through relaxed gates z_i = sigmoid((v_i − λc_i)/τ):
                   Σ_i (g_i + λ c_i) · z_i(θ), g_i = ∂L/∂g_i observed, τ = mean |λ c|
@@ -22,6 +23,8 @@ Predictions are scored before they are trained on (prequential), beside Taylor, 
 and magnitude: `scores()` is the rank correlation of each with the measured change of loss. The network
 has to earn its place: while its own predictions of the last experiments were further off (mean |log ratio|)
 than the first guess's, `values` answers the first guess.
+
+Of an experiment 34 bytes are kept: φ_e in float16, the predictions with D_e and σ_e in bfloat16.
 """
 
 from __future__ import annotations
@@ -41,8 +44,10 @@ FEATURES = (
     "log curvature", "signed slope", "noise", "log weight norm", "log cost share", "age", "dormant",
     "loss slope", "progress", "log group size",
 )  # fmt: skip
-MEMBERS = 16  # units of one ablation at most
+HIDDEN = 8
 RECENT, TRIAL_PERIOD = 48, 12  # experiments on which the network is judged, and the fewest for a verdict
+RIVALS = ("learned", "second order", "fisher", "taylor", "magnitude")
+GUESS, CHANGE, ERROR = 1, 5, 6  # columns of the table: the rivals' predictions, then D and σ
 TINY = 1e-12
 
 
@@ -115,21 +120,19 @@ class Experiment:
 class GateController:
     """The network with its optimizer and its memory of experiments."""
 
-    def __init__(self, *, seed: int, memory: int = 256, rate: float = 0.01, optimism: float = 0.7) -> None:
+    def __init__(self, *, seed: int, memory: int = RECENT, rate: float = 0.01, optimism: float = 0.7) -> None:
         self.optimism = optimism
         self.memory = memory
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.net = nn.Sequential(nn.Linear(len(FEATURES), 16), nn.Tanh(), nn.Linear(16, 1))
+            self.net = nn.Sequential(nn.Linear(len(FEATURES), HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
         last = self.net[2]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=rate, weight_decay=0.1)
-        self.phi = torch.zeros(0, MEMBERS, len(FEATURES))
-        self.guess = torch.zeros(0, MEMBERS)  # signed: negative for units switched on
-        self.result = torch.zeros(0, 2)  # change, error
-        self.predictions = torch.zeros(0, 6)  # learned, second order, Fisher, Taylor, magnitude; measured
+        self.phi = torch.zeros(0, len(FEATURES), dtype=torch.float16)
+        self.table = torch.zeros(0, len(RIVALS) + 2, dtype=torch.bfloat16)  # signed: < 0 where switched on
 
     def values(self, s: Statistics) -> Tensor:
         """v > 0, shape (U,): learned if the network has earned its place, else the first guess."""
@@ -139,12 +142,11 @@ class GateController:
     @property
     def earned(self) -> bool:
         """Did the network predict the last experiments better than the first guess did?"""
-        recent = self.predictions[-RECENT:]
-        if len(recent) < TRIAL_PERIOD:
+        if len(self.table) < TRIAL_PERIOD:
             return False
-        measured = recent[:, -1:].abs().clamp_min(TINY).log()
-        off = (recent[:, :2].abs().clamp_min(TINY).log() - measured).abs().mean(0)
-        return bool(off[0] < off[1])
+        sizes = self.table[-RECENT:].float().abs().clamp_min(TINY).log()
+        off = (sizes[:, : GUESS + 1] - sizes[:, CHANGE, None]).abs().mean(0)
+        return bool(off[0] < off[GUESS])
 
     def _predict(self, s: Statistics, guess: Tensor) -> Tensor:
         with torch.no_grad():
@@ -156,23 +158,18 @@ class GateController:
     def record(self, s: Statistics, experiments: list[Experiment]) -> None:
         """Score the predictions, then remember the experiments."""
         phi, guess = features(s), first_guess(s, self.optimism)
-        value = self._predict(s, guess)
+        rivals = torch.stack((self._predict(s, guess), guess, 0.5 * s.curvature, s.mean.abs(), s.weight))
         for e in experiments:
-            sign = 1.0 if e.off else -1.0
-            i = e.members[:MEMBERS]
-            rivals = (value, guess, 0.5 * s.curvature, s.mean.abs(), s.weight)
-            scored = [sign * r[i].sum().item() for r in rivals] + [e.change]
-            self.predictions = torch.cat([self.predictions, torch.tensor([scored])])[-self.memory :]
-            row = F.pad(phi[i], (0, 0, 0, MEMBERS - len(i)))
-            self.phi = torch.cat([self.phi, row[None]])[-self.memory :]
-            signed = F.pad(sign * guess[i], (0, MEMBERS - len(i)))
-            self.guess = torch.cat([self.guess, signed[None]])[-self.memory :]
-            outcome = torch.tensor([[e.change, e.error]])
-            self.result = torch.cat([self.result, outcome])[-self.memory :]
+            i, sign = e.members, 1.0 if e.off else -1.0
+            together = guess[i] @ phi[i] / guess[i].sum()
+            outcome = torch.tensor([e.change, e.error])
+            row = torch.cat([sign * rivals[:, i].sum(1), outcome])
+            self.phi = torch.cat([self.phi, together[None].to(self.phi)])[-self.memory :].clone()
+            self.table = torch.cat([self.table, row[None].to(self.table)])[-self.memory :].clone()
 
     def learn(self, s: Statistics, price: float, *, rounds: int, relaxed_weight: float = 0.01) -> float:
         """`rounds` gradient steps on both losses; returns the calibration loss before them."""
-        if not len(self.result):
+        if not len(self.table):
             return float("nan")
         phi, guess = features(s), first_guess(s, self.optimism)
         slope = s.mean + price * s.cost
@@ -190,24 +187,24 @@ class GateController:
         return first
 
     def _calibration(self) -> Tensor:
-        predicted = self._value(self.phi, self.guess).sum(-1)
-        change, error = self.result.unbind(-1)
-        agrees = predicted.detach() * change > 0
+        table = self.table.float()
+        guess, change, error = table[:, GUESS], table[:, CHANGE], table[:, ERROR]
+        predicted = self._value(self.phi.float(), guess)
+        agrees = guess * change > 0
         weight = agrees * change.abs() / (change.abs() + error + TINY)
         apart = predicted.abs().clamp_min(TINY).log() - change.abs().clamp_min(TINY).log()
         loss = F.smooth_l1_loss(apart, torch.zeros_like(apart), reduction="none")
         return (weight * loss).sum() / weight.sum().clamp_min(1e-6)
 
     def scores(self) -> dict[str, float]:
-        """Rank correlation with the measured changes of loss, each predictor before it saw them."""
-        names = ("learned", "second order", "fisher", "taylor", "magnitude")
-        table = self.predictions.numpy()
-        if len(table) < 8 or np.ptp(table[:, -1]) == 0:
+        """Rank correlation with the last changes of loss measured, each predictor before it saw them."""
+        table = self.table.float().numpy()
+        if len(table) < 8 or np.ptp(table[:, CHANGE]) == 0:
             return {}
-        measured = rankdata(table[:, -1])
+        measured = rankdata(table[:, CHANGE])
         return {
             name: float(np.corrcoef(rankdata(table[:, k]), measured)[0, 1]) if np.ptp(table[:, k]) else 0.0
-            for k, name in enumerate(names)
+            for k, name in enumerate(RIVALS)
         }
 
     def state_dict(self) -> dict[str, object]:
@@ -224,4 +221,4 @@ class GateController:
             setattr(self, name, state[name])
 
 
-_MEMORY = ("phi", "guess", "result", "predictions")
+_MEMORY = ("phi", "table")

@@ -41,7 +41,6 @@ class Intake:
         self.plant = plant
         self.skipped = 0
         self.bad_in_a_row = 0
-        self.latest: Tensor | None = None  # the row of the last good step that was read
         self._ran = False  # the optimizer, since the last step
         self._gradients = True  # there were some when it ran
         self._row: Tensor | None = None
@@ -75,7 +74,6 @@ class Intake:
             row, finite = (None, True) if row is None else next(seen)
             good = ran and finite and math.isfinite(loss)
             self._count(good)
-            self.latest = row if good else None
             steps.append(Step(loss, good, row))
         self._unread.clear()
         return steps

@@ -19,7 +19,7 @@ value of the unit, the rise of the loss if it were off, is then
                        ≈ −mean − ½ H    if off (expansion at g = 0)
 
 Near a minimum mean → 0 and only the ½ H term tells units apart. All vectors have one entry per unit,
-all groups concatenated, float32.
+all groups concatenated, float32; a count is an int16 and stops at `MANY`, where β^k is long 0.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["LossTrend", "Moments", "fisher", "observe", "second_order", "start_moments", "track_loss"]
+
+
+MANY = 30_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Moments:
 
 def start_moments(units: int) -> Moments:
     zero = torch.zeros(units)
-    return Moments(zero, zero.clone(), zero.clone())
+    return Moments(zero, zero.clone(), torch.zeros(units, dtype=torch.int16))
 
 
 def observe(moments: Moments, gradient: Tensor, decay: float) -> Moments:
@@ -54,7 +57,7 @@ def observe(moments: Moments, gradient: Tensor, decay: float) -> Moments:
     return Moments(
         moments.first + rate * (g - moments.first),
         moments.second + rate * (g * g - moments.second),
-        moments.count + seen,
+        (moments.count + seen).clamp_max(MANY),
     )
 
 

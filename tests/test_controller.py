@@ -48,7 +48,7 @@ def test_a_run_with_nothing_to_cut_is_the_users_own(net: str) -> None:
     run, alone = (rig(net, budget=cp.Budget(flops=1.0), total_steps=50, policy=QUICK) for _ in range(2))
     alone.controller.detach()
     run.train(0, 50)
-    scored = run.controller.state_dict()["loop"]["gates"]["predictions"]
+    scored = run.controller.state_dict()["loop"]["gates"]["table"]
     assert len(scored) > 0  # ablations did take place
     for step in range(1, 51):
         torch.manual_seed(step)

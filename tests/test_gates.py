@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from controlprune.gates import Experiment, GateController, Statistics, features, first_guess
+from controlprune.gates import CHANGE, GUESS, Experiment, GateController, Statistics, features, first_guess
 
 UNITS = 60
 
@@ -111,15 +111,16 @@ def test_predictions_are_scored_before_they_are_learned() -> None:
     gates, s = GateController(seed=0), statistics()
     true = 5.0 * first_guess(s, gates.optimism)
     gates.record(s, experiments(s, true, 9, 0))
-    torch.testing.assert_close(gates.predictions[:, 0], gates.predictions[:, 1])  # still the guess
-    torch.testing.assert_close(gates.predictions[:, -1], 5.0 * gates.predictions[:, 1])
-    before = gates.predictions.clone()
+    learned, guessed, measured = (gates.table[:, k] for k in (0, GUESS, CHANGE))
+    torch.testing.assert_close(learned, guessed)  # still the guess
+    torch.testing.assert_close(measured, 5.0 * guessed)
+    before = gates.table.clone()
     gates.learn(s, 0.0, rounds=50)
-    assert torch.equal(gates.predictions, before)  # hindsight changes no score
+    assert torch.equal(gates.table, before)  # hindsight changes no score
     gates.record(s, experiments(s, true, 9, 1))
-    later = gates.predictions[9:]
-    apart = (later[:, 0] / later[:, -1]).log().abs().mean()
-    assert apart < (later[:, 1] / later[:, -1]).log().abs().mean()
+    sizes = gates.table[9:].float().log()
+    apart = (sizes - sizes[:, CHANGE, None]).abs().mean(0)
+    assert apart[0] < apart[GUESS]
 
 
 def test_the_scores_rank_predictors() -> None:
@@ -192,7 +193,7 @@ def test_memory_is_bounded_and_survives_saving() -> None:
     for k in range(15):
         gates.record(s, experiments(s, 5 * guess, 3, k))
         gates.learn(s, 0.01, rounds=2)
-    assert len(gates.result) == len(gates.phi) == len(gates.guess) == 20
+    assert len(gates.table) == len(gates.phi) == 20
     file = io.BytesIO()
     torch.save(gates.state_dict(), file)
     file.seek(0)

@@ -50,6 +50,8 @@ from .pace import calibration_spacing, observation_spacing, shrink_pays
 
 __all__ = ["Control", "ControlLoop"]
 
+OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
+
 
 @dataclass(frozen=True)
 class Control:
@@ -102,7 +104,6 @@ class ControlLoop:
         self.control, self.setting = control, setting
         sizes = setting.structure.sizes
         units = sum(sizes)
-        self.group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
         self.update_every = control.update_every or min(200, max(1, setting.total_steps // 60))
         self.observe_every = control.observe_every or observation_spacing(setting)
         self.calibrate_every = _calibrate_every(control, setting, self.update_every)
@@ -110,9 +111,10 @@ class ControlLoop:
         self.decay = 1.0 - 1.0 / memory
         self.batch = setting.batch
         self.moments = start_moments(units)
-        self.window = torch.zeros(2, units)  # Σ g² of the running and of the last window
-        self.weights = torch.ones(units)
-        self.switched = torch.full((units,), -(10**9))  # step of the last change
+        # Σ g² of the running and of the last window; its rounding is far under its sampling error
+        self.window = torch.zeros(2, units, dtype=torch.bfloat16)
+        self.weights: Tensor | None = None  # known from the norms' arrival to the next decision
+        self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
         self.trend = LossTrend()
         self.gates = GateController(seed=setting.seed)
         self.plan: PlanState = control.plan.init()
@@ -179,7 +181,7 @@ class ControlLoop:
     def observe(self, gradients: Tensor, weights: Tensor) -> None:
         self.moments = observe(self.moments, gradients, self.decay)
         self.window[0] += torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0) ** 2
-        self.weights = torch.where(torch.isfinite(weights), weights, self.weights)
+        self.weights = weights if bool(weights.isfinite().all()) else self.weights
 
     def watch(self, step: int, loss: float) -> None:
         self.trend = track_loss(self.trend, loss, self.setting.total_steps)
@@ -187,11 +189,17 @@ class ControlLoop:
     def statistics(self, step: int, on: Tensor) -> Statistics:
         mean, curvature = fisher(self.moments, self.decay, self.batch)
         horizon = max(1, self.setting.total_steps)
-        age = ((step - self.switched).float() / horizon).clamp(0.0, 1.0)
+        age = (self.age.float() * self.update_every / horizon).clamp_max(1.0)
+        weights = torch.ones(len(on)) if self.weights is None else self.weights
         return Statistics(
-            mean, curvature, self.weights, self._marginal_costs(on), age, on, self.group,
+            mean, curvature, weights, self._marginal_costs(on), age, on, self._group(),
             self.trend.slope, min(1.0, step / horizon),
         )  # fmt: skip
+
+    def _group(self) -> Tensor:
+        """The number of each unit's group."""
+        sizes = torch.tensor(self.setting.structure.sizes)
+        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
     def _marginal_costs(self, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
@@ -200,7 +208,7 @@ class ControlLoop:
         total = np.zeros(len(widths))
         for name, cost in self.setting.costs.items():
             total += cost.marginals(widths, one) / self.setting.dense[name]
-        return torch.from_numpy(total).float()[self.group]
+        return torch.from_numpy(total).float()[self._group()]
 
     # --- gate controller ------------------------------------------------------------------------
 
@@ -230,6 +238,7 @@ class ControlLoop:
     def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
         revises, level = self._revises(), self.level
         self.updates += 1
+        self.age = (self.age + 1).clamp_max(OLD)
         stability = self._stability(torch.cat(masks))
         reference = self._reference(step, stability)
         always = not self.control.invert or bool(self.setting.prices)
@@ -246,7 +255,7 @@ class ControlLoop:
         if all(self.setting.fraction(k, widths) <= r * (1 + 1e-9) for k, r in reference.items()):
             return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
-        self.switched.fill_(-(10**9))  # no dwell, no slew: the budget comes first
+        self.age.fill_(OLD)  # no dwell, no slew: the budget comes first
         self.at_budget = False
         stability = self._stability(torch.cat(masks))
         solution = self._solve(step, masks, stability, reference, exact=True)
@@ -255,6 +264,7 @@ class ControlLoop:
     def _hold(
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
+        self.weights = None
         shrinks = self.control.shrink and (compact or self._pays(step, _widths(masks)))
         return Decision(masks, shrinks, reference, self._price())
 
@@ -263,9 +273,9 @@ class ControlLoop:
 
     def _stability(self, on: Tensor) -> float:
         """Of the values, between the running window and the last; then the running one becomes the last."""
-        now, before = self.window
-        self.window = torch.stack([torch.zeros_like(now), now])
-        return stability(now, before, self.group, on)
+        now, before = self.window.float()
+        self.window = torch.stack([torch.zeros_like(self.window[0]), self.window[0]])
+        return stability(now, before, self._group(), on)
 
     def _reference(self, step: int, stability: float) -> dict[str, float]:
         """The plan's position between dense and budget, in stages, as a fraction per resource."""
@@ -322,9 +332,7 @@ class ControlLoop:
             least = floors(least, setting.steps, even, trust, _widths(masks), binding)
         price = np.array([0.0 if exact else self._price()[k] for k in names]) / dense
         limits = np.array([reference.get(k, np.inf) if exact else np.inf for k in names]) * dense
-        young = torch.split(
-            (step - self.switched) < control.dwell * self.update_every, list(setting.structure.sizes)
-        )
+        young = torch.split(self.age < control.dwell, list(setting.structure.sizes))
         problem = Problem(
             values=values,
             costs=tuple(setting.costs.values()),
@@ -356,7 +364,8 @@ class ControlLoop:
     ) -> Decision:
         masks = tuple(torch.from_numpy(np.array(m)) for m in solution.masks)
         was, now = torch.cat(before), torch.cat(masks)
-        self.switched = torch.where(was != now, step, self.switched)
+        self.weights = None
+        self.age = self.age.masked_fill(was != now, 0)
         news = bool((was & ~now).any())
         self._regulate(reference, solution)
         settled = self.watching or not news  # they have had their update under observation, or there are none
@@ -408,7 +417,7 @@ class ControlLoop:
 
 
 _PLAIN = ("batch", "level", "at_budget", "updates", "watching")
-_TENSORS = ("window", "weights", "switched")
+_TENSORS = ("window", "age")
 
 
 def _like(value: Tensor, present: Tensor) -> Tensor:

@@ -182,14 +182,16 @@ def test_a_higher_price_buys_less() -> None:
 def test_the_price_alone_steers() -> None:
     """`invert=False`: the masks answer the regulator's price; finalize enforces what is left."""
     policy = replace(QUICK, invert=False, update_every=2, dwell=0)  # a dwell is a delay in the loop
-    run = rig(policy=policy, total_steps=200)
-    before = dense(run)
-    run.train(0, 200)
-    rows = [row for row in run.controller.history if row.step > 120]
-    far = [abs(row.realised["flops"] - row.reference["flops"]) for row in rows]
+    far = []
+    for seed in range(4):  # one such small net may wander
+        run = rig(policy=policy, total_steps=200, seed=seed)
+        before = dense(run)
+        run.train(0, 200)
+        rows = [row for row in run.controller.history if row.step > 120]
+        far += [abs(row.realised["flops"] - row.reference["flops"]) for row in rows]
+        run.controller.finalize()
+        assert shares(run, *before)["flops"] <= 0.5
     assert sum(far) / len(far) < 0.1
-    run.controller.finalize()
-    assert shares(run, *before)["flops"] <= 0.5
 
 
 # --- the order of calls ---------------------------------------------------------------------------
