@@ -47,11 +47,8 @@ def test_what_is_left_alone_is_said_to_be(name: str) -> None:
     """Weights standardised over the columns that read a unit; a LayerNorm over the units themselves."""
     result = _result(name)
     assert result.status in ("full", "partial", "refused"), _explain(name, result)
-    reasons = {refusal.reason.split(" (in ")[0] for refusal in result.refused}
-    assert result.status == "full" or reasons & {
-        "a norm takes statistics over it",
-        "its units are reduced to one number (mean)",
-    }
+    reasons = " ".join(refusal.reason for refusal in result.refused)
+    assert result.status == "full" or "a norm takes statistics over it" in reasons or "(mean)" in reasons
 
 
 @pytest.mark.slow

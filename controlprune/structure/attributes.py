@@ -114,10 +114,17 @@ class SizeWatcher(TorchFunctionMode):
         result = func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
         watch = WATCHED.get(getattr(func, "__name__", ""))
         if watch is not None:
+            self._learn(watch, args, kwargs, result)
+        return result
+
+    def _learn(self, watch: Watch, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Bind what the call tells; one that the watch doesn't foresee (an empty tensor) tells nothing."""
+        try:
             for traced, axis in watch(self.tape, args, kwargs, result):
                 if isinstance(traced, TracedInt) and int(traced) == axis.size:
                     self._bind(traced, axis)
-        return result
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
+            return
 
     def _bind(self, traced: TracedInt, axis: Axis) -> None:
         pieces = self.tape.regroup([axis], [value for _, value in traced.factors])

@@ -14,7 +14,7 @@ from torch import nn
 from .axes import Axis, factors_of, leaves, parts_of, pin
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in
 from .groups import Group, Refusal, Role, SizeAttribute, Slice, Structure, Work
-from .tape import Source, Tape, TracedWork
+from .tape import MEET, Source, Tape, TracedWork
 
 __all__ = ["build"]
 
@@ -31,6 +31,8 @@ def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
     places = _places(tape)
     trainable = {name for name, p in tape.model.named_parameters() if p.requires_grad}
     for leaf, where in places.items():
+        if not any(name in tape.used for name, _ in where):
+            pin(leaf, "the forward on the example inputs does not use it")
         _pin_unprunable(leaf, where, read, kept, trainable)
     numbers: dict[Axis, int] = {}
     for leaf in places:
@@ -85,7 +87,7 @@ def _pin_unread(tape: Tape) -> None:
         covered = {leaf for name, d in event.sources for leaf in leaves(tape.tensors[name][d])}
         for leaf in leaves(event.axis):
             if leaf not in covered:
-                pin(leaf, "two activations are multiplied and summed over it")
+                pin(leaf, MEET)
 
 
 def _pin_unprunable(

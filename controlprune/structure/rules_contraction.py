@@ -21,6 +21,7 @@ from .tape import Call, Dim, Dims, Read, Tape
 
 COUNTED = {str(packet).replace(".", "::") for packet in flop_registry}  # fused attention on CPUs is not
 MIXED = "a window slides over its positions (convolution, pooling)"
+EXPERTS = "a router picks whole experts by index: one that is off would still be picked"
 
 
 def _out(tape: Tape, *dims: Dim, weight: bool = False) -> Dims:
@@ -62,11 +63,12 @@ def addmm(tape: Tape, call: Call) -> list[Dims]:
 
 
 def _bmm(tape: Tape, call: Call, left: str, right: str, operator: str) -> Dims:
+    """Where the slice of a parameter is zero for one of the batch, so is that one's product."""
     (b, n, k), (b2, k2, m) = call.dims(left), call.dims(right)
     axis = tape.contract(k, k2, weight_first=_weight_first(call, left, right))
     batch = Dim(tape.unify(b.axis, b2.axis), b.sources | b2.sources)
     tape.count(operator, 2, batch.axis, n.axis, axis, m.axis)
-    return _out(tape, batch, n, m, weight=_both_weights(call, left, right))
+    return [batch, *_out(tape, n, m, weight=_both_weights(call, left, right))]
 
 
 @rule("bmm")
@@ -187,8 +189,8 @@ def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
         return taint(tape, call)
     (*lead, n, k), (expert, k2, m) = left, right
     tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
-    tape.pin(expert.axis, "experts are picked by index")
-    tape.pin_dims(lead, "experts are picked by index")
+    tape.pin(expert.axis, EXPERTS)
+    tape.pin_dims(lead, EXPERTS)
     return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(tape, *lead, n, m))]
 
 

@@ -12,7 +12,7 @@ from .axes import Axis
 from .rules import rule
 from .tape import Call, Dim, Dims, Read, Tape
 
-NORM = "a norm takes statistics over it"
+NORM = "a norm takes statistics over it: with units off, the others would be normalised differently"
 
 
 def _affine(tape: Tape, call: Call, axis: Dim) -> None:

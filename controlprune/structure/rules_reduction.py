@@ -14,6 +14,8 @@ from .tape import Call, Dim, Dims, Read, Tape
 
 __all__ = ["reduced"]
 
+TOPK = "the largest of its positions are picked (topk): one that is off would still take a place"
+
 
 def _dims_of(call: Call, ndim: int) -> list[int]:
     given = call.arguments.get("dim")
@@ -69,7 +71,7 @@ def reduction(tape: Tape, call: Call) -> list[Dims]:
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def softmax(tape: Tape, call: Call) -> list[Dims]:
-    return _along(tape, call, "softmax runs over its units")
+    return _along(tape, call, "softmax runs over its units: with one off, the others would weigh more")
 
 
 @rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort")
@@ -90,7 +92,7 @@ def topk(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("self")]
     d = call.integer("dim")
     if dims:
-        tape.pin(dims[d].axis, "the largest of its positions are picked (topk)")
+        tape.pin(dims[d].axis, TOPK)
         dims[d] = fresh([call.shape[d]])[0]
     return [dims] * 2
 

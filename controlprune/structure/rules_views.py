@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from .axes import Axis, concat, product
-from .rules import fresh, rule
+from .rules import fresh, rule, taint
 from .tape import Call, Dim, Dims, Tape
 
-PICKED = "single positions of it are picked out by index"
+PICKED = "single positions of it are picked out by index (one expert; one of q, k and v)"
 
 
 def _at(dim: int, ndim: int) -> int:
@@ -53,6 +55,21 @@ def _view_dtype(tape: Tape, call: Call) -> list[Dims]:
         return [old]
     tape.pin(old[-1].axis, "its bytes are read as another type")
     return [[*old[:-1], *fresh(call.shape[-1:])]]
+
+
+@rule("as_strided")
+def as_strided(tape: Tape, call: Call) -> list[Dims]:
+    """Row-major over the same shape is the same tensor (torch so ends a channels_last global pool)."""
+    old, sizes, strides = call.dims("self"), call.integers("size"), call.integers("stride")
+    wide = [d for d, size in enumerate(sizes) if size > 1]
+    row_major = all(strides[d] == math.prod(sizes[d + 1 :]) for d in wide)
+    if not call.name.endswith("_"):  # in place, its old strides are gone
+        own = call.arguments["self"]
+        assert isinstance(own, Tensor)
+        row_major &= all(own.stride(d) == strides[d] for d in wide)
+    if row_major and sizes == [dim.size for dim in old]:
+        return [old]
+    return taint(tape, call)
 
 
 @rule("permute")

@@ -16,6 +16,8 @@ from .tape import Tape
 
 __all__ = ["bind_module_attributes", "set_sizes"]
 
+ATTENTION = "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads: no head can leave"
+
 
 def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | None) -> None:
     """Write every size attribute of the structure at the given widths (`None`: dense)."""
@@ -107,4 +109,4 @@ def _pin_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> None
         if name.startswith(("in_proj", "q_proj", "k_proj", "v_proj", "bias_")):
             axis = _axis(tape, path, name, parameter.dim() - 1 if name.startswith("bias_") else 0)
             if axis is not None:
-                pin(axis, "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads")
+                pin(axis, ATTENTION)

@@ -22,7 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import axes
 from .axes import Axis, Misfit
 
-__all__ = ["Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
+__all__ = ["MEET", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
+
+MEET = "two activations are multiplied and summed over it (as queries and keys are)"
 
 Source: TypeAlias = tuple[str, int]  # (parameter name, dimension)
 UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
@@ -127,6 +129,7 @@ class Tape:
     traffic: list[TracedWork] = field(default_factory=list)
     activations: list[TracedWork] = field(default_factory=list)
     attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
     where: str = ""
     counting: bool = True
 
@@ -159,11 +162,14 @@ class Tape:
         """What is known of the tensor; one never seen before is a constant of the model's code."""
         known = self._entries.get(tensor)
         if known is not None and len(known.dims) == tensor.dim():
+            if (owner := self._owners.get(id(tensor))) is not None:
+                self.used.add(owner)
             while known.pending:
                 self.pin(*known.pending.pop())
             return known
         name = self._views.get(key) if (key := _view_key(tensor)) is not None else None
         if name is not None:
+            self.used.add(name)
             return self._named[name]
         reason = "it meets a tensor that the model keeps outside its parameters and buffers"
         entry = Entry([Dim(Axis(length, reason)) for length in tensor.shape], weight=True)
@@ -230,7 +236,7 @@ class Tape:
         order = (left, right) if weight_first else (right, left)
         reader = next((dim for dim in order if dim.sources), None)
         if reader is None:
-            self.pin(axis, "two activations are multiplied and summed over it")
+            self.pin(axis, MEET)
             return axis
         self.reads.append(Read(axis, reader.sources))
         self.keep([left if reader is right else right])

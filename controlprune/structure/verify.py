@@ -63,13 +63,16 @@ def _flops(structure: Structure) -> int:
 
 
 def _masks(structure: Structure, seed: int) -> list[Tensor]:
-    """A random number of units on in every group: equal widths would hide sizes that are tied together."""
+    """A random odd number of units on in every group.
+
+    Equal widths would hide sizes that are tied together, even ones a kernel that insists on multiples.
+    """
     generator = torch.Generator().manual_seed(seed)
     masks = []
     for group in structure.groups:
         live = int(torch.randint(1, max(group.size, 2), (), generator=generator))
         mask = torch.zeros(group.size, dtype=torch.bool)
-        mask[torch.randperm(group.size, generator=generator)[:live]] = True
+        mask[torch.randperm(group.size, generator=generator)[: live - 1 + live % 2]] = True
         masks.append(mask)
     return masks
 

@@ -15,7 +15,7 @@ from controlprune.structure import analyse, find_groups, require_groups, without
 from controlprune.structure.extents import groups_in
 
 from .agreement import disagreement
-from .models import GroupedQuery
+from .models.attention import GroupedQuery
 
 
 class Stateful(nn.Module):

@@ -1,0 +1,93 @@
+"""What is left alone is told in words that say why, by the structure and by the controller's report."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import controlprune as cp
+from controlprune.structure import analyse
+
+from .models import CASES
+from .models.experts import GroupedProducts
+from .test_awkward import build
+
+NORM = "a norm takes statistics over it: with units off, the others would be normalised differently"
+HEADS = "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads: no head can leave"
+PICKED = "single positions of it are picked out by index"
+SOFTMAX = "softmax runs over its units: with one off, the others would weigh more"
+
+TOLD = (  # case, what is refused, its size, why
+    ("multihead_attention", "attend", 3, HEADS),
+    ("encoder_layer", "layer.self_attn", 3, HEADS),
+    ("encoder_layer_prenorm", "layer.self_attn", 3, HEADS),
+    ("pre_norm", "enter", 8, NORM),
+    ("group_norm", "first", 3, NORM),
+    ("rms_norm", "scale", 8, "its units are reduced to one number (mean)"),
+    ("gqa_native", "q", 6, "two activations are multiplied and summed over it (as queries and keys are)"),
+    ("softmax_units", "first", 8, SOFTMAX),
+    ("experts", "router", 3, SOFTMAX),
+    ("experts_softmax", "up", 4, SOFTMAX),
+    ("expert_slabs", "router", 4, "(topk): one that is off would still take a place"),
+    ("expert_slabs", "up", 4, PICKED),
+    ("flip", "first", 8, "its positions change places"),
+    ("frozen_branch", "frozen", 6, "what computes it is frozen"),
+    ("tied_embedding", "embed", 11, "its rows are looked up by index"),
+    ("tied_embedding", "down", 6, "embed.weight both computes and reads it"),
+    ("spectral_norm", "first", 8, "both computes and reads it"),
+    ("lstm_projected", "cells", 8, "nn.LSTM with proj_size"),
+    ("unknown_operator", "first", 8, "operator controlprune_test::blur has no rule"),
+    ("heads_by_shape", "qkv", 4, "the model's code fixes its size (RuntimeError: shape"),
+    ("scaled_by_width", "a", 8, "the numeric check failed: masked and shrunk outputs differ"),
+    ("lora", "out", 2, "an output of the model"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(("case", "name", "size", "reason"), TOLD, ids=[f"{t[0]}-{t[1]}" for t in TOLD])
+def test_what_is_refused_and_why(case: str, name: str, size: int, reason: str) -> None:
+    model, inputs = build(case)
+    refused = analyse(model, inputs).refused
+    assert any((r.name, r.size) == (name, size) and reason in r.reason for r in refused), refused
+
+
+def test_grouped_experts_stay_whole_and_their_neurons_go_in_the_kernels_steps() -> None:
+    torch.manual_seed(0)
+    structure = analyse(GroupedProducts(32), torch.randn(5, 8))
+    assert [(g.name, g.size, g.multiple) for g in structure.groups] == [("up", 32, 8)]
+    told = {r.name: r.reason for r in structure.refused if r.size == 4}
+    assert told["up"].startswith(
+        "a router picks whole experts by index: one that is off would still be picked"
+    )
+    assert "(topk)" in told["router"]
+
+
+def test_a_branch_that_does_not_run_is_told_as_such() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.spare, self.out = nn.Linear(5, 8), nn.Linear(5, 7), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.first(x).relu())
+
+    refused = {(r.name, r.size, r.reason) for r in analyse(Spare(), torch.randn(3, 5)).refused}
+    assert ("spare", 7, "the forward on the example inputs does not use it") in refused
+
+
+def test_the_report_tells_the_same() -> None:
+    torch.manual_seed(0)
+    model, inputs = build("encoder_layer")
+    optimizer, budget = SGD(model.parameters(), 0.1), cp.Budget(flops=0.9)
+    controller = cp.attach(model, optimizer, budget=budget, example_inputs=inputs, total_steps=10)
+    lines = controller.report().splitlines()
+    assert any(line.strip().startswith(f"refused layer.self_attn (3): {HEADS}") for line in lines)
+    assert any("refused layer.self_attn.out_proj (12): an input of the model" in line for line in lines)
+
+
+def test_every_refusal_has_a_reason() -> None:
+    for name in CASES:
+        model, inputs = build(name)
+        assert all(refusal.reason and refusal.name for refusal in analyse(model, inputs, check=False).refused)
