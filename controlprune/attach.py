@@ -16,6 +16,7 @@ from .controller import Controller, require_unattached
 from .policies.base import Policy
 from .policies.control import Control
 from .replay import batch_size
+from .rounding import group_multiples
 from .setting import make_setting
 from .structure import analyse, require_groups
 from .structure.groups import Structure
@@ -38,7 +39,8 @@ def attach(
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
     `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs are counted on
-    it. Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
+    it. `round_to`: width multiple; None: what the device was measured to run well (rounding.py). Nothing
+    of the model or the optimizer is changed before the first decision. Errors: TypeError and
     ValueError name the argument; InfeasibleBudget carries the range that can be reached.
     """
     policy = Control() if policy is None else policy
@@ -53,6 +55,7 @@ def attach(
         round_to=round_to,
         batch=batch_size(example_inputs),
         seed=seed,
+        multiples=() if round_to is not None else group_multiples(structure, dict(model.named_parameters())),
     )
     return Controller(model, optimizer, setting, policy)
 

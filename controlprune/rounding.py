@@ -3,11 +3,16 @@
 Kernels work on blocks of m channels, so that every width in (w − m, w] costs what w costs. With t(n) the
 time of a convolution n -> n, forward and backward, at the widths just above and just below a block end W,
 
-    m is a block if  min t(W − m + 1 … W − 1)  >=  (1 − TOLERANCE) · t(W)   and   t(W − m) < that,
+    m is a block if  t(W) − t(W − m) >= RISE · t(W)          (the step is worth the name)
+               and   t(n) − t(W − m) >= EARLY · (t(W) − t(W − m))    for n in (W − m, W)
 
-and the multiple is the largest such m (1: none). Times are the best of several, in seconds of process CPU
-time (CPU) or by events (CUDA). One file per device, dtype, torch version and thread count, so that the same
-machine gives the same widths, hence the same run; delete it, or give `round_to`, to choose otherwise.
+(a cost that rises evenly has only 1/m of the rise at W − m + 1), and the multiple is the largest such m
+(1: none). Times are the best of several, in seconds of process CPU time (CPU) or of the clock (CUDA). One
+entry per device, dtype, torch version and thread count, so that the same machine gives the same widths,
+hence the same run; delete the file, or give `round_to`, to choose otherwise.
+
+It is for groups of at least `WIDTH` units that convolutions read: for linear layers no multiple was seen to
+help, and in a narrow group it would leave too few widths to choose from.
 """
 
 from __future__ import annotations
@@ -21,18 +26,42 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-__all__ = ["block", "preferred_multiple"]
+from .structure.groups import Group, Structure
 
-WIDTH, MULTIPLES, TOLERANCE = 64, (16, 8, 4), 0.08
+__all__ = ["block", "group_multiples", "preferred_multiple"]
+
+WIDTH, MULTIPLES, RISE, EARLY = 64, (16, 8, 4), 0.08, 0.55
+BATCH = {"cpu": 8, "cuda": 256}  # enough work that a kernel's launch does not hide it
+
+
+def group_multiples(structure: Structure, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Per group, the multiple that the device of its readers runs well; 1 where none is known to matter.
+
+    Nothing is measured where processes train together: they could find different ones.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return (1,) * len(structure.groups)
+    found = []
+    for group in structure.groups:
+        weight = _convolution_read(group, structure, tensors)
+        wide = group.size >= WIDTH and weight is not None and weight.device.type in BATCH
+        found.append(preferred_multiple(weight.device, weight.dtype) if wide and weight is not None else 1)
+    return tuple(found)
+
+
+def _convolution_read(group: Group, structure: Structure, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    weights = (part.tensor for part in group.readers if len(structure.tensors[part.tensor]) > 2)
+    return next((tensors[name] for name in weights), None)
 
 
 def block(times: Mapping[int, float], width: int = WIDTH) -> int:
     """The largest multiple that `times` (width -> seconds) shows to be a block ending at `width`."""
-    floor = (1.0 - TOLERANCE) * times[width]
     for m in MULTIPLES:
-        inside = [t for n, t in times.items() if width - m < n < width]
-        if inside and min(inside) >= floor > times[width - m]:
+        below, rise = times[width - m], times[width] - times[width - m]
+        inside = [t - below for n, t in times.items() if width - m < n < width]
+        if rise >= RISE * times[width] and min(inside) >= EARLY * rise:
             return m
     return 1
 
@@ -45,34 +74,42 @@ def preferred_multiple(device: torch.device, dtype: torch.dtype, cache: Path | N
         known = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
-    if not (isinstance(known, dict) and isinstance(known.get(key), int)):
-        known = known if isinstance(known, dict) else {}
+    known = known if isinstance(known, dict) else {}
+    if known.get(key) not in (1, *MULTIPLES):
         known[key] = block(_measure(device, dtype))
+        _write(file, json.dumps(known))
+    return int(known[key])
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all; a cache that cannot be written is done without."""
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partly = file.with_suffix(f".{os.getpid()}.part")
-        partly.write_text(json.dumps(known), encoding="utf-8")
+        partly.write_text(text, encoding="utf-8")
         partly.replace(file)
-    return known[key]
+    except OSError:
+        return
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     widths = sorted({WIDTH, *(WIDTH - m for m in MULTIPLES), *(WIDTH - m + 1 for m in MULTIPLES), WIDTH - 1})
     runs = {n: _convolution(n, device, dtype) for n in widths}
-    with torch.random.fork_rng(devices=[]):
-        best = dict.fromkeys(widths, float("inf"))
+    best = dict.fromkeys(widths, float("inf"))
+    with torch.enable_grad():
         for _ in range(8):  # in turn, so that a busy moment hits all
             for n, run in runs.items():
                 best[n] = min(best[n], _seconds(run, device))
     return best
 
 
-def _convolution(n: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    x = torch.ones(8, n, 16, 16, device=device, dtype=dtype, requires_grad=True)
+def _convolution(n: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    x = torch.ones(BATCH[device.type], n, 16, 16, device=device, dtype=dtype, requires_grad=True)
     w = torch.ones(n, n, 3, 3, device=device, dtype=dtype, requires_grad=True)
-    return lambda: F.conv2d(x, w, padding=1).sum().backward()
+    return lambda: torch.autograd.grad(F.conv2d(x, w, padding=1).sum(), (x, w))
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cpu":
         began = time.process_time()
         run()
@@ -85,7 +122,8 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     return f"{device.type} {name} {dtype} torch {torch.__version__} {torch.get_num_threads()} threads"
 
 

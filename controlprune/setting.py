@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -19,13 +19,19 @@ from .structure.groups import Structure
 __all__ = ["make_setting", "width_steps"]
 
 
-def width_steps(sizes: tuple[int, ...], round_to: int | None) -> tuple[int, ...]:
-    """Width step per group: `round_to`, or the power of two under N/16, at most 16."""
+def width_steps(
+    sizes: tuple[int, ...], round_to: int | None, multiples: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Width step per group: `round_to`, or the power of two under N/16, at most 16.
+
+    `multiples`: what the device runs well, per group; a power of two under it gives way (rounding.py).
+    """
     if round_to is not None:
         if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
             raise ValueError(f"round_to={round_to!r}: give a whole number of units >= 1, or None")
         return tuple(min(round_to, n) for n in sizes)
-    return tuple(int(2 ** np.clip(np.floor(np.log2(max(1, n / 16))), 0, 4)) for n in sizes)
+    powers = tuple(int(2 ** np.clip(np.floor(np.log2(max(1, n / 16))), 0, 4)) for n in sizes)
+    return tuple(max(p, m) for p, m in zip(powers, multiples, strict=True)) if multiples else powers
 
 
 def make_setting(
@@ -36,16 +42,18 @@ def make_setting(
     round_to: int | None,
     batch: int,
     seed: int,
+    multiples: Sequence[int] = (),
 ) -> Setting:
     """Costs, targets as fractions of dense, steps and floors; an unreachable budget is an error."""
     costs: dict[str, Polynomial] = {"flops": flops(structure), "params": parameters(structure)}
     sizes = structure.sizes
     dense = {name: cost.value(np.array(sizes)) for name, cost in costs.items()}
     grains = tuple(group.multiple for group in structure.groups)
-    steps = tuple(
-        math.lcm(step, grain) for step, grain in zip(width_steps(sizes, round_to), grains, strict=True)
+    fine, steps = (
+        tuple(math.lcm(step, grain) for step, grain in zip(found, grains, strict=True))
+        for found in (width_steps(sizes, round_to), width_steps(sizes, round_to, multiples))
     )
-    floors = tuple(min(step, size) for step, size in zip(steps, sizes, strict=True))
+    floors = tuple(min(step, size) for step, size in zip(fine, sizes, strict=True))
     require_supported(budget)
     target: dict[str, float] = {}
     prices: dict[str, float] = {}
