@@ -32,7 +32,7 @@ def number():
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(MODULE)
+    (tmp_path / "their_nets.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
@@ -90,7 +90,7 @@ def test_the_compact_model_is_given_back_from_its_file_and_is_as_small_as_the_ta
 
 
 def test_profile_shows_the_groups_of_a_users_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile", "nets:net", "--input", "3,4"]) == 0
+    assert main(["profile", "their_nets:net", "--input", "3,4"]) == 0
     text = capsys.readouterr().out
     assert "units" in text
     assert "flops" in text
@@ -107,16 +107,16 @@ def test_report_tells_and_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
     ("arguments", "message"),
     [
         (["report", "none.jsonl"], "cannot read none.jsonl"),
-        (["report", "nets.py"], "is not a controlprune history"),
+        (["report", "their_nets.py"], "is not a controlprune history"),
         (["profile", "nets", "--input", "1"], "is not MODULE:FACTORY"),
         (["profile", "no_such_module:f", "--input", "1"], "cannot import no_such_module"),
-        (["profile", "nets:absent", "--input", "1"], "nets has no absent"),
-        (["profile", "nets:needs_width", "--input", "1,4"], "cannot be called without arguments"),
-        (["profile", "nets:number", "--input", "1,4"], "made a int, not a torch.nn.Module"),
-        (["profile", "nets:net", "--input", "1,5"], "does not run on a float input of shape 1,5"),
+        (["profile", "their_nets:absent", "--input", "1"], "nets has no absent"),
+        (["profile", "their_nets:needs_width", "--input", "1,4"], "cannot be called without arguments"),
+        (["profile", "their_nets:number", "--input", "1,4"], "made a int, not a torch.nn.Module"),
+        (["profile", "their_nets:net", "--input", "1,5"], "does not run on a float input of shape 1,5"),
         (["train", "mnist", "--data", "nowhere"], "no nowhere/mnist/train.parquet"),
         (["train", "digits", "--steps", "5", "--budget", "0.000001"], "feasible"),
-        (["train", "digits", "--steps", "5", "--out", "nets.py"], "is a file"),
+        (["train", "digits", "--steps", "5", "--out", "their_nets.py"], "is a file"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

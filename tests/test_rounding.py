@@ -82,6 +82,21 @@ def test_only_wide_groups_that_convolutions_read() -> None:
     assert multiples(net, torch.randn(2, 3, 12, 12)) == {48: 1, 64: 16, 80: 1, 256: 1}
 
 
+@pytest.mark.parametrize(("round_to", "steps"), [(None, (16, 4, 4)), (2, (2, 2, 2))])
+def test_attach_takes_what_was_measured_unless_told(round_to: int | None, steps: tuple[int, ...]) -> None:
+    convolutions = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)
+    net = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(1024, 64), nn.Linear(64, 2))
+    controller = cp.attach(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        budget=cp.Budget(flops=0.5),
+        example_inputs=(torch.randn(2, 3, 8, 8),),
+        total_steps=10,
+        round_to=round_to,
+    )
+    assert controller._setting.steps == steps
+
+
 CNNS = {
     "lenet": (lambda: lenet(1), (1, 8, 8)),
     "residual": (lambda: WORKLOADS["cnn"].build((64, 64, 128, 128)), (3, 16, 16)),
