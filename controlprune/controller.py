@@ -27,10 +27,11 @@ from .checkpoint import Checkpoints
 from .experiments import ablations, absent_gradients
 from .history import History, Record
 from .intake import Intake
-from .layouts import COMPILED, Layouts
+from .layouts import Layouts
 from .links import Link
 from .masking import Plant, checked
 from .policies.base import Decision, Policy, Setting
+from .policies.pace import recompile_pays
 from .replay import Batch, Recorder, batch_size
 from .structure.groups import Group
 
@@ -75,7 +76,6 @@ class Controller:
         self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
         self._hook = optimizer.register_step_pre_hook(Link(self, Controller._observe))
         self._followers: list[Plant] = []
-        self._looked, self._compiled = False, False  # did the forward of a step go past the model's hooks?
         self._layouts = Layouts({setting.structure.sizes: 0.0})
         structure = setting.structure
         self.history = _new_history(setting)
@@ -143,9 +143,7 @@ class Controller:
         if scores:
             ranked = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             lines.append(f"  rank correlation with measured ablations: {ranked}")
-        shapes = f"{len(self._layouts.seen)} sets of widths so far"
-        limit = f", at most {COMPILED} under torch.compile (no calibration, no probes)"
-        lines.append(f"  {shapes}{limit if self._compiled else ''}")
+        lines.append(f"  {self._layouts}")
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {self._overhead:.2f} s CPU")
         return "\n".join(lines)
 
@@ -207,14 +205,14 @@ class Controller:
     def _arm(self) -> None:
         """Record the next step's batch where the loop wants it; once at least, to tell a compiled model."""
         step, last = self.steps + 1, self._setting.total_steps
-        looks = not self._looked and self._loop.wants_decision(step)
-        if 1 < step <= last and not self._compiled and (looks or self._loop.wants_batch(step)):
-            self._looked = True
+        looks = not self._layouts.looked and self._loop.wants_decision(step)
+        if 1 < step <= last and not self._layouts.compiled and (looks or self._loop.wants_batch(step)):
+            self._layouts.looked = True
             self._recorder.arm()
 
     def _update(self, row: Tensor | None) -> None:
         if self._recorder.armed:
-            self._compiled = True
+            self._layouts.compiled = True
             self._recorder.disarm()
         batch = self._recorder.take()
         if self._intake.bad_in_a_row:
@@ -226,8 +224,9 @@ class Controller:
             self._calibrate(batch, row)
         before, was_compact = plant.masks, plant.compact
         decision = self._loop.decide(self.steps, plant.masks, plant.compact)
-        if self._admits(decision):
-            self._relayout(decision.masks, decision.compact)
+        layout = self._layout_of(decision)
+        if layout is not None:
+            self._relayout(decision.masks, layout)
         self._write(decision, before, was_compact)
 
     def _weigh(self) -> None:
@@ -235,11 +234,20 @@ class Controller:
         weights = torch.cat(self._plant.weight_norms()).cpu()
         self._loop.observe(torch.full_like(weights, math.nan), weights)
 
-    def _admits(self, decision: Decision) -> bool:
-        """May the tensors take the shapes of this decision? Only a compiled model is limited (layouts.py)."""
-        limit = COMPILED if self._compiled else None
-        widths = self._widths_of(decision.masks, decision.compact)
-        return self._layouts.admits(widths, self._progress(decision.masks), limit)
+    def _layout_of(self, decision: Decision) -> bool | None:
+        """Compact or not, as decided; where a compiled model may not take those shapes (layouts.py), masked,
+        which changes none, if it is so now, else None: hold."""
+        setting, compact = self._setting, self._plant.compact
+        resource = next(iter(setting.costs))
+        now, then = (
+            self._widths_of(self._plant.masks, compact),
+            self._widths_of(decision.masks, decision.compact),
+        )
+        held, wanted = setting.fraction(resource, now), setting.fraction(resource, then)
+        pays = recompile_pays(setting, held, wanted, setting.total_steps - self.steps)
+        if self._layouts.admits(then, self._progress(decision.masks), pays):
+            return decision.compact
+        return None if compact else False
 
     def _widths_of(self, masks: Sequence[Tensor], compact: bool) -> tuple[int, ...]:
         return tuple(int(m.sum()) for m in masks) if compact else self._setting.structure.sizes
@@ -393,6 +401,7 @@ class Controller:
             "history": self.history.state_dict(),
             "counts": [self.steps, self._intake.skipped, self._intake.bad_in_a_row],
             "loss": self._loss,
+            "layouts": self._layouts.state_dict(),
             "seconds": [time.process_time() - self._began, self._overhead],
         }
         return copy.deepcopy(state)
@@ -408,6 +417,7 @@ class Controller:
             _new_history(self._setting).load_state_dict(state["history"])
             counts = tuple(int(n) for n in state["counts"])
             times = tuple(float(x) for x in state["seconds"])
+            layouts = Layouts.of(state["layouts"])
             loss, (steps, skipped, bad), (seconds, overhead) = float(state["loss"]), counts, times
             self._read()
             self._checkpoints.set_aside()
@@ -421,7 +431,7 @@ class Controller:
         self._checkpoints.admit()
         for follower in self._followers:
             follower.apply(self._plant.masks, compact=self._plant.compact)
-        self._loop = loop
+        self._loop, self._layouts = loop, layouts
         self.history.load_state_dict(state["history"])
         self.steps, self._loss = steps, loss
         self._intake.skipped, self._intake.bad_in_a_row = skipped, bad
@@ -440,7 +450,7 @@ class Controller:
             )
         if state["groups"] != dict(zip(structure.names, structure.sizes, strict=True)):
             raise ValueError("state_dict: its groups are not this model's; it belongs to another model")
-        needed = ("policy", "plant", "loop", "history", "counts", "loss", "seconds")
+        needed = ("policy", "plant", "loop", "history", "counts", "loss", "layouts", "seconds")
         missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"state_dict: it is incomplete, {', '.join(missing)} missing")

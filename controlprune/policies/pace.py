@@ -10,6 +10,8 @@ Times on a nominal CPU core, of which only ratios matter (a call: one small oper
                 `CALIBRATION_SHARE` of the steps
     shrink      pays if  saved · 3 · forward · steps left  >  bytes moved / bandwidth + 1 ms,
                 saved = 1 − C(n)/C(N), every number moved with its gradient and two states, read and written
+    recompile   under torch.compile (C(n₀) − C(n))/C(N) of what is left must be more than COMPILE seconds and
+                COMPILE_OPERATOR for each counted operator; where nothing is saved, `REVISION` of it
 
 A short run must still learn something: before 3/4 of the horizon there are at least `OBSERVATIONS`
 observations and `CALIBRATIONS` calibrations, whatever they take.
@@ -21,7 +23,7 @@ import math
 
 from .base import Setting
 
-__all__ = ["calibration_spacing", "observation_spacing", "shrink_pays"]
+__all__ = ["calibration_spacing", "observation_spacing", "recompile_pays", "shrink_pays"]
 
 OBSERVATION_SHARE = 0.004
 CALIBRATION_SHARE = 0.006
@@ -31,6 +33,8 @@ CALL = 6e-6  # seconds
 LEARNING = 0.02  # seconds that the gate network trains after a calibration
 COPY_BYTES_PER_SECOND = 2e9  # cautious guesses, for a shrink
 FLOPS_PER_SECOND = 2e10
+COMPILE, COMPILE_OPERATOR = 5.0, 1.0  # seconds, forward and backward together, nothing cached
+REVISION = 0.01
 
 
 def _step_seconds(setting: Setting) -> float:
@@ -57,3 +61,10 @@ def shrink_pays(setting: Setting, fraction: float, steps_left: int) -> bool:
     saved = (1.0 - fraction) * 3.0 * setting.flops / FLOPS_PER_SECOND * steps_left
     copying = 2 * 4 * 4 * setting.elements / COPY_BYTES_PER_SECOND + 1e-3
     return saved > copying
+
+
+def recompile_pays(setting: Setting, held: float, fraction: float, steps_left: int) -> bool:
+    """Is a compilation less than the time saved by going from `held` to `fraction` of the dense work?"""
+    left = 3.0 * setting.flops / FLOPS_PER_SECOND * steps_left
+    compiling = COMPILE + COMPILE_OPERATOR * len(setting.structure.work)
+    return max(held - fraction, REVISION) * left > compiling
