@@ -17,9 +17,6 @@ help, and in a narrow group it would leave too few widths to choose from.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import device_name, read_cache, write_cache
 from .structure.groups import Group, Structure
 
 __all__ = ["block", "group_multiples", "preferred_multiple"]
@@ -68,28 +66,12 @@ def block(times: Mapping[int, float], width: int = WIDTH) -> int:
 
 def preferred_multiple(device: torch.device, dtype: torch.dtype, cache: Path | None = None) -> int:
     """The measured multiple of `device` at `dtype`; measured once (well under a second), then read."""
-    file = (cache or _cache()) / "rounding.json"
-    key = _key(device, dtype)
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    if known.get(key) not in (1, *MULTIPLES):
-        known[key] = block(_measure(device, dtype))
-        _write(file, json.dumps(known))
-    return int(known[key])
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all; a cache that cannot be written is done without."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partly = file.with_suffix(f".{os.getpid()}.part")
-        partly.write_text(text, encoding="utf-8")
-        partly.replace(file)
-    except OSError:
-        return
+    key = device_name(device, dtype)
+    known = read_cache("rounding", cache).get(key)
+    if known not in (1, *MULTIPLES):
+        known = block(_measure(device, dtype))
+        write_cache("rounding", key, known, cache)
+    return int(known)
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
@@ -119,13 +101,3 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-def _key(device: torch.device, dtype: torch.dtype) -> str:
-    name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    return f"{device.type} {name} {dtype} torch {torch.__version__} {torch.get_num_threads()} threads"
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "controlprune"

@@ -14,6 +14,7 @@ from torch import nn
 
 import controlprune as cp
 from controlprune import rounding
+from controlprune.cache import device_name
 from controlprune.cost.flops import flops
 from controlprune.setting import make_setting
 from controlprune.structure import analyse
@@ -58,9 +59,9 @@ def test_measured_once_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("text", ["[1", "[]", '{"KEY": 3}', '{"KEY": "16"}', '{"KEY": null}'])
 def test_a_broken_cache_is_measured_anew(tmp_path: Path, text: str) -> None:
     file = tmp_path / "rounding.json"
-    file.write_text(text.replace("KEY", rounding._key(CPU, torch.float32)))
+    file.write_text(text.replace("KEY", device_name(CPU, torch.float32)))
     assert rounding.preferred_multiple(CPU, torch.float32, tmp_path) == 16
-    assert json.loads(file.read_text()) == {rounding._key(CPU, torch.float32): 16}
+    assert json.loads(file.read_text()) == {device_name(CPU, torch.float32): 16}
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
