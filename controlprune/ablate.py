@@ -46,9 +46,8 @@ def switched(plant: Plant, group: int, units: Tensor, *, off: bool) -> Iterator[
                 if off:
                     tensor.data.index_fill_(part.dim, live, 0)
                 else:
-                    tensor.data.index_copy_(
-                        part.dim, live, parked_columns(plant, part.tensor, part.dim, index, masks)
-                    )
+                    columns = parked_columns(plant, part.tensor, part.dim, index, masks)
+                    tensor.data.index_copy_(part.dim, live, columns.to(tensor.device))
         yield
     finally:
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -35,16 +36,20 @@ def attach(
     ignored_layers: Sequence[nn.Module | str] = (),
     round_to: int | None = None,
     seed: int = 0,
+    park_on: torch.device | str | None = None,
 ) -> Controller:
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
     `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs are counted on
-    it. `round_to`: width multiple; None: what the device was measured to run well (rounding.py). Nothing
-    of the model or the optimizer is changed before the first decision. Errors: TypeError and
-    ValueError name the argument; InfeasibleBudget carries the range that can be reached.
+    it. `round_to`: width multiple; None: what the device was measured to run well (rounding.py).
+    `park_on`: the device on which weights and optimizer state of absent units wait; "cpu" spares an
+    accelerator's memory, None: where they are. Nothing of the model or the optimizer is changed before the
+    first decision. Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range
+    that can be reached.
     """
     policy = Control() if policy is None else policy
     _check_arguments(model, optimizer, budget, total_steps, policy)
+    parking = _parking(park_on)
     structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
     require_groups(structure, type(model).__name__)
     _check_optimizer_covers(model, optimizer, structure)
@@ -57,7 +62,7 @@ def attach(
         seed=seed,
         multiples=() if round_to is not None else group_multiples(structure, dict(model.named_parameters())),
     )
-    return Controller(model, optimizer, setting, policy)
+    return Controller(model, optimizer, setting, policy, parking)
 
 
 def _check_arguments(
@@ -80,6 +85,20 @@ def _check_arguments(
     if not callable(getattr(policy, "begin", None)):
         raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
     require_unattached(model)
+
+
+def _parking(park_on: object) -> torch.device | None:
+    try:
+        device = None if park_on is None else torch.device(park_on)  # type: ignore[arg-type]
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f'park_on={park_on!r}: give a device that is here, such as "cpu", or None'
+        ) from error
+    if device is not None and device.type == "meta":
+        raise ValueError(f'park_on={park_on!r}: it keeps no values; give "cpu", say, or None')
+    return device
 
 
 def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:

@@ -68,9 +68,16 @@ def require_unattached(model: nn.Module) -> None:
 class Controller:
     """A running loop. `step(loss)` after `optimizer.step()`; `finalize()` at the end."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, setting: Setting, policy: Policy) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        setting: Setting,
+        policy: Policy,
+        park_on: torch.device | None = None,
+    ) -> None:
         self._setting, self._policy = setting, policy
-        self._plant = Plant(model, optimizer, setting.structure)
+        self._plant = Plant(model, optimizer, setting.structure, park_on=park_on)
         self._loop = policy.begin(setting)
         self._recorder = Recorder(model)
         self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
@@ -343,7 +350,7 @@ class Controller:
         `model`: a copy made while the attached one has its dense shapes, such as `AveragedModel(m).module`.
         """
         self._require_live("follow")
-        follower = Plant(model, None, self._setting.structure)
+        follower = Plant(model, None, self._setting.structure, park_on=self._plant.park_on)
         follower.apply(self._plant.masks, compact=self._plant.compact)
         self._followers.append(follower)
 

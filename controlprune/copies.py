@@ -52,7 +52,8 @@ def compact_copies(plant: Plant) -> Tensors:
 
 
 def parked_columns(plant: Plant, name: str, dim: int, index: Tensor, masks: list[Tensor]) -> Tensor:
-    """Positions `index` of dimension `dim` as parked, silent still where they read what `masks` has off."""
+    """Positions `index` of dimension `dim` as parked, where they are parked; silent still where they read
+    what `masks` has off."""
     spot = next(s for s in plant.spots if s.name == name)
     assert spot.home is not None
     columns = spot.home.index_select(dim, index.to(spot.home.device))
@@ -76,6 +77,6 @@ def per_unit_products(plant: Plant, full: Tensors, gradients: Tensors) -> list[T
 
 def _full(spot: Spot, tensor: Tensor, compact: bool) -> Tensor:
     assert spot.home is not None
-    full = spot.home.clone()
+    full = spot.home.to(tensor.device, copy=True)
     live = at(spot.cuts, "live")
     return put_(full, live, tensor.detach() if compact else select(tensor.detach(), live))

@@ -70,6 +70,7 @@ class Rig:
     optimizer: Optimizer
     controller: cp.Controller
     shape: tuple[int, ...]
+    device: str = "cpu"
     shrink_at: int = 0  # the step after which the user shrinks (these nets are too small for it to pay)
 
     def train(self, start: int, stop: int) -> Tensor:
@@ -77,6 +78,7 @@ class Rig:
         for step in range(start + 1, stop + 1):
             torch.manual_seed(step)  # for dropout
             x, y = batch(step, self.shape)
+            x, y = x.to(self.device), y.to(self.device)
             loss = nn.functional.cross_entropy(self.model(x), y)
             loss.backward()
             self.optimizer.step()
@@ -96,21 +98,24 @@ def rig(
     total_steps: int = 120,
     seed: int = 0,
     shrink_at: int = 0,
+    device: str = "cpu",
+    park_on: str | None = None,
 ) -> Rig:
     make, shape = NETS[net]
     torch.manual_seed(seed)
-    model = make()
+    model = make().to(device)
     made = OPTIMIZERS[optimizer](model)
     controller = cp.attach(
         model,
         made,
         budget=budget or cp.Budget(flops=0.5),
-        example_inputs=(torch.zeros(2, *shape),),
+        example_inputs=(torch.zeros(2, *shape, device=device),),
         total_steps=total_steps,
         policy=policy,
         seed=seed,
+        park_on=park_on,
     )
-    return Rig(model, made, controller, shape, shrink_at)
+    return Rig(model, made, controller, shape, device, shrink_at)
 
 
 def bits(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:

@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
-from rig import QUICK, Rig, assert_same_bits, batch, bits, flops, hooks, rig
+from rig import QUICK, Rig, assert_same_bits, batch, bits, flops, hooks, rig, timeless
 from torch import nn
 
 import controlprune as cp
 from controlprune.structure.extents import keep
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator beside the CPU")
 QUIET = cp.Control(update_every=10**6, observe_every=1, freeze=1.0)  # observes, decides nothing
 
 
@@ -163,3 +164,25 @@ def test_no_cycle_keeps_a_detached_controller() -> None:
     gc.collect()
     assert reference() is None
     assert model is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("net", ["mlp", "residual"])
+def test_parking_on_the_host_changes_nothing(net: str, device: str) -> None:
+    """Shrinks, probes, ablations, checkpoints and returns, with what is absent here or on the host."""
+    runs = [rig(net, total_steps=80, shrink_at=24, device=device, park_on=park) for park in (None, "cpu")]
+    for run in runs:
+        run.train(0, 60)
+        run.controller.load_state_dict(run.controller.state_dict())
+        run.train(60, 80)
+    beside, host = (run.controller.plant for run in runs)
+    assert any("probe" in row.event for row in runs[1].controller.history)
+    homes = [
+        home for spot in host.spots for home in (spot.home, *spot.state_home.values()) if home is not None
+    ]
+    assert homes
+    assert {home.device.type for home in homes} == {"cpu"}
+    assert timeless(runs[0].controller.history) == timeless(runs[1].controller.history)
+    for plant in (beside, host):
+        plant.release()
+    assert_same_bits(bits(runs[0].model, runs[0].optimizer), bits(runs[1].model, runs[1].optimizer))

@@ -60,6 +60,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "all layers ignored": (
         {"ignored_layers": ["0", "3", "5"]}, ValueError, "nothing in Sequential can be pruned"
     ),
+    "parked nowhere": ({"park_on": "gpu3"}, ValueError, "park_on='gpu3': give a device that is here"),
+    "parked without values": ({"park_on": "meta"}, ValueError, "park_on='meta': it keeps no values"),
     "no width": ({"round_to": 0}, ValueError, "round_to=0: give"),
     "no policy": ({"policy": "magnitude"}, TypeError, "policy='magnitude': give a policy object"),
 }  # fmt: skip
