@@ -5,6 +5,8 @@ from .budget import Budget, InfeasibleBudget, Price
 from .controller import Controller
 from .export import load, save
 from .history import History
+from .instruments import Instruments
+from .meters import Wattage
 from .plots import plot
 from .policies.control import Control
 from .structure import find_groups
@@ -16,7 +18,9 @@ __all__ = [
     "Controller",
     "History",
     "InfeasibleBudget",
+    "Instruments",
     "Price",
+    "Wattage",
     "__version__",
     "attach",
     "find_groups",

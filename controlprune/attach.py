@@ -5,7 +5,8 @@ Nothing of the model or the optimizer is changed before everything has been chec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,14 @@ from torch.optim import Optimizer
 
 from .budget import Budget, Price
 from .controller import Controller, require_unattached
-from .policies.base import Policy
+from .cost.polynomial import Polynomial
+from .gauge import Gauge
+from .instruments import Instruments
+from .meters import choose_meter
+from .policies.base import Policy, Setting
 from .policies.control import Control
 from .replay import batch_size
+from .resources import Bench, costs, exact_costs
 from .rounding import group_multiples
 from .setting import make_setting
 from .structure import analyse, require_groups
@@ -36,33 +42,77 @@ def attach(
     ignored_layers: Sequence[nn.Module | str] = (),
     round_to: int | None = None,
     seed: int = 0,
+    deploy_inputs: Any = None,
     park_on: torch.device | str | None = None,
+    instruments: Instruments | None = None,
 ) -> Controller:
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
-    `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs are counted on
-    it. `round_to`: width multiple; None: what the device was measured to run well (rounding.py).
-    `park_on`: the device on which weights and optimizer state of absent units wait; "cpu" spares an
-    accelerator's memory, None: where they are. Nothing of the model or the optimizer is changed before the
-    first decision. Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range
-    that can be reached.
+    `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs and memory are
+    counted on it (for absolute run totals give it the batch of a training step). `deploy_inputs`: what
+    latency and energy are measured on, None: the same. `round_to`: width multiple; None: what the device was
+    measured to run well (rounding.py). `park_on`: the device on which weights and optimizer state of absent
+    units wait; "cpu" spares an accelerator's memory, None: where they are. Nothing of the model or the
+    optimizer is changed before the first decision. Errors: TypeError and ValueError name the argument;
+    InfeasibleBudget carries the range that can be reached.
     """
     policy = Control() if policy is None else policy
     _check_arguments(model, optimizer, budget, total_steps, policy)
+    instruments = _metered(instruments or Instruments(), budget, model)
     parking = _parking(park_on)
     structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
     require_groups(structure, type(model).__name__)
     _check_optimizer_covers(model, optimizer, structure)
-    setting = make_setting(
-        structure,
-        budget,
-        total_steps=total_steps,
-        round_to=round_to,
-        batch=batch_size(example_inputs),
-        seed=seed,
-        multiples=() if round_to is not None else group_multiples(structure, dict(model.named_parameters())),
+    multiples = () if round_to is not None else group_multiples(structure, dict(model.named_parameters()))
+    bench = Bench(
+        model,
+        optimizer,
+        example_inputs,
+        example_inputs if deploy_inputs is None else deploy_inputs,
+        instruments,
     )
-    return Controller(model, optimizer, setting, policy, parking)
+
+    known = costs(_named(budget), structure, bench)
+
+    def settle(budget: Budget | Price) -> Setting:
+        return make_setting(
+            structure,
+            budget,
+            known | exact_costs(_named(budget), structure),
+            total_steps=total_steps,
+            round_to=round_to,
+            batch=batch_size(example_inputs),
+            seed=seed,
+            multiples=multiples,
+        )
+
+    gauge = _gauge(budget, known, bench, structure.sizes)
+    return Controller(model, optimizer, budget, settle, policy, instruments, gauge, parking)
+
+
+def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module) -> Instruments:
+    """With a meter, where energy is under budget; NoMeter where there is none."""
+    if not {"energy", "train_energy"} & set(_named(budget)):
+        return instruments
+    device = next(model.parameters()).device
+    return replace(instruments, energy=choose_meter(device, instruments.energy))
+
+
+def _gauge(
+    budget: Budget | Price, costs: Mapping[str, Polynomial], bench: Bench, sizes: tuple[int, ...]
+) -> Gauge | None:
+    """Where something is measured of the forward pass itself."""
+    names = [name for name in _named(budget) if name in ("latency", "energy")]
+    if not names:
+        return None
+    targets = budget.targets() if isinstance(budget, Budget) else {}
+    relative = {name: name not in targets or targets[name].relative for name in names}
+    seconds = costs["latency"].value(sizes)
+    return Gauge(bench.model, bench.deploy_inputs, relative, seconds, bench.instruments)
+
+
+def _named(budget: Budget | Price) -> list[str]:
+    return list(budget.targets() if isinstance(budget, Budget) else budget.prices())
 
 
 def _check_arguments(

@@ -25,9 +25,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 
-__all__ = ["SUPPORTED", "Budget", "InfeasibleBudget", "Price", "Target", "parse", "require_supported"]
+__all__ = ["MEASURED", "TOTALS", "UNITS", "Budget", "InfeasibleBudget", "Price", "Target", "parse"]
 
-SUPPORTED = ("flops", "params")  # what this version's controller can steer
+TOTALS = frozenset({"train_flops", "train_time", "train_energy"})  # sums over the run
+MEASURED = frozenset({"latency", "energy", "train_time", "train_energy"})  # known only by measuring
+UNITS = {
+    "flops": "FLOP",
+    "params": "parameters",
+    "memory": "B",
+    "latency": "s",
+    "energy": "J",
+    "train_flops": "FLOP",
+    "train_time": "s",
+    "train_energy": "J",
+}
 
 _SI = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _FLOPS = {
@@ -172,14 +183,3 @@ class Price:
         """Resource -> price, of those that were given."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: float(value) for name, value in given.items() if value is not None}
-
-
-def require_supported(budget: Budget | Price) -> None:
-    """NotImplementedError if a resource is asked for that this version cannot steer."""
-    asked = budget.targets() if isinstance(budget, Budget) else budget.prices()
-    missing = [name for name in asked if name not in SUPPORTED]
-    if missing:
-        raise NotImplementedError(
-            f"{type(budget).__name__}: {', '.join(missing)} cannot be steered in this version; "
-            f"it can steer {', '.join(SUPPORTED)}"
-        )

@@ -15,17 +15,22 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .accounts import Accounts
+from .budget import TOTALS, UNITS, Budget, Price, Target
 from .checkpoint import Checkpoints
+from .cost.flops import flops
 from .experiments import ablations, absent_gradients
+from .gauge import Gauge
 from .history import History, Record
+from .instruments import Instruments
 from .intake import Intake
 from .layouts import Layouts
 from .links import Link
@@ -38,15 +43,18 @@ from .structure.groups import Group
 __all__ = ["Controller", "Cost", "require_unattached"]
 
 log = logging.getLogger("controlprune")
-FORMAT = 1  # of Controller.state_dict
-UNITS = {"flops": "FLOP", "params": "parameters"}
+FORMAT = 2  # of Controller.state_dict
+CORRECTIONS = 4  # of a measured resource that finalize finds above its limit
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A resource: its use now and when dense, in `unit` (FLOP: one forward of the example inputs)."""
+    """A resource: its use now and when dense, in `unit` (FLOP: one forward of the example inputs).
+
+    Of a run total: what was spent so far, and what the whole dense run would take (nan: not known yet).
+    """
 
     value: float
     dense: float
@@ -72,11 +80,15 @@ class Controller:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        setting: Setting,
+        budget: Budget | Price,
+        settle: Callable[[Budget | Price], Setting],
         policy: Policy,
+        instruments: Instruments,
+        gauge: Gauge | None = None,
         park_on: torch.device | None = None,
     ) -> None:
-        self._setting, self._policy = setting, policy
+        self._budget, self._settle, self._policy = budget, settle, policy
+        setting = self._setting = settle(budget)
         self._plant = Plant(model, optimizer, setting.structure, park_on=park_on)
         self._loop = policy.begin(setting)
         self._recorder = Recorder(model)
@@ -85,6 +97,9 @@ class Controller:
         self._followers: list[Plant] = []
         self._layouts = Layouts({setting.structure.sizes: 0.0})
         structure = setting.structure
+        self._work = flops(structure)
+        self._instruments, self._gauge = instruments, gauge
+        self._accounts = self._open_accounts()
         self.history = _new_history(setting)
         self.steps = 0
         self._intake = Intake(self._plant)
@@ -92,6 +107,7 @@ class Controller:
         self._overhead = 0.0
         self._began = time.process_time()
         self._event = ""
+        self._use = 1.0  # of a step in this layout, fraction of the dense FLOPs
         self._live = True
         _attached[model] = weakref.ref(self)
         if structure.refused:
@@ -129,16 +145,35 @@ class Controller:
 
     def cost(self) -> dict[str, Cost]:
         """Realised use of the budgeted resources, counted on the active units."""
-        widths = [int(m.sum()) for m in self._plant.masks]
-        return {
-            name: Cost(
-                polynomial.value(widths),
-                self._setting.dense[name],
-                UNITS[name],
-                polynomial.value(widths) / self._setting.batch if name == "flops" else None,
-            )
-            for name, polynomial in self._setting.costs.items()
+        setting = self._setting
+        use = self._loop.realised(self._widths_of(self._plant.masks, True))
+        now = {
+            k: (use[k] * setting.dense[k], setting.dense[k]) for k in setting.costs if k not in setting.totals
         }
+        spent, whole = self._accounts.used(), self._accounts.dense()
+        now |= {name: (spent[name], whole[name]) for name in spent}
+        return {
+            name: Cost(value, dense, UNITS[name], value / setting.batch if name == "flops" else None)
+            for name, (value, dense) in now.items()
+        }
+
+    @property
+    def budget(self) -> Budget | Price:
+        """What is asked for. It may be set during the run, tighter or looser."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: Budget | Price) -> None:
+        self._require_live("budget")
+        if not isinstance(budget, Budget | Price):
+            raise TypeError(
+                f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
+            )
+        setting = self._settle(budget)
+        self._budget, self._setting = budget, setting
+        self._accounts.retarget(_run_targets(budget))
+        self._loop.retarget(setting)
+        self._event = "budget"
 
     def report(self) -> str:
         """Groups, what is refused and why, and how well the gate controller predicts."""
@@ -150,6 +185,7 @@ class Controller:
         if scores:
             ranked = ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
             lines.append(f"  rank correlation with measured ablations: {ranked}")
+        lines += [f"  {line}" for line in self._loop.describe()]
         lines.append(f"  {self._layouts}")
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {self._overhead:.2f} s CPU")
         return "\n".join(lines)
@@ -179,6 +215,7 @@ class Controller:
         started = time.process_time()
         on_host = self._intake.after_step(loss)
         self.steps += 1
+        self._accounts.step(self._use)
         if self.steps == self._setting.total_steps + 1:
             warnings.warn(
                 f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the masks "
@@ -224,8 +261,8 @@ class Controller:
         batch = self._recorder.take()
         if self._intake.bad_in_a_row:
             return
-        self._event = ""
         plant = self._plant
+        self._settle_accounts()
         self._weigh()
         if batch is not None:
             self._calibrate(batch, row)
@@ -276,10 +313,12 @@ class Controller:
         trials = self._loop.trials(self.steps, plant.masks, plant.compact)
         if trials:
             self._loop.learn(self.steps, plant.masks, ablations(plant, batch, self._loss, trials))
+            self._accounts.beside((1 + len(trials)) * self._use)
         if self._loop.wants_probe(self.steps, plant.compact):
             gradients = absent_gradients(plant, batch, row)
             self._loop.observe(gradients, torch.full_like(gradients, math.nan))
-            self._event = "probe"
+            self._accounts.beside(3.0)
+            self._event = ",".join(kind for kind in (self._event, "probe") if kind)
 
     def _relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
         """The one way to other masks or the other layout."""
@@ -291,8 +330,43 @@ class Controller:
             self._plant.apply(masks, compact=compact)
             self._checkpoints.admit()
             self._layouts.take(self._widths_of(masks, compact), self._progress(masks))
+            self._laid_out()
             for follower in self._followers:
                 follower.apply(masks, compact=compact)
+
+    def _laid_out(self) -> None:
+        """The tensors have other shapes than before."""
+        widths = self._held()
+        self._use = self._work.value(widths) / self._setting.flops
+        if self._plant.compact:
+            self._measure(widths)
+        self._accounts.laid_out()
+
+    def _held(self) -> tuple[int, ...]:
+        """Widths of the tensors."""
+        return self._widths_of(self._plant.masks, self._plant.compact)
+
+    def _measure(self, widths: tuple[int, ...]) -> None:
+        """What these widths really take, told to the loop."""
+        if self._gauge is None:
+            return
+        for resource, reading in self._gauge.read(self._plant.model).items():
+            if resource in self._setting.measured:
+                self._loop.feel(resource, widths, reading.fraction, reading.spread)
+            self._accounts.beside(reading.rounds * (1.0 + self._use))
+
+    def _settle_accounts(self) -> None:
+        """What the run totals stand at, told to the loop."""
+        widths = self._held()
+        modelled = {name: self._setting.fraction(name, widths) for name in self._setting.totals}
+        for account in self._accounts.read(modelled):
+            if account.resource in self._setting.measured:
+                self._loop.feel(account.resource, widths, account.step, account.spread)
+            self._loop.account(account.resource, widths, account.spent, account.limit)
+
+    def _open_accounts(self) -> Accounts:
+        targets = _run_targets(self._budget)
+        return Accounts(targets, self._setting.total_steps, 3.0 * self._setting.flops, self._instruments)
 
     def _write(self, decision: Decision, before: tuple[Tensor, ...], was_compact: bool) -> None:
         plant = self._plant
@@ -301,7 +375,6 @@ class Controller:
         previous = tuple(int(m.sum()) for m in before) if was_compact else plant.structure.sizes
         narrower, wider = sum(held) < sum(previous), sum(held) > sum(previous)
         kinds = [self._event, decision.event, "shrink" if narrower else "expand" if wider else ""]
-        names = tuple(self._setting.costs)
         self.history.append(
             Record(
                 step=self.steps,
@@ -310,7 +383,7 @@ class Controller:
                 widths=tuple(held),
                 price=dict(decision.price),
                 reference=dict(decision.reference),
-                realised={k: self._setting.fraction(k, active) for k in names},
+                realised=dict(self._loop.realised(active)),
                 off=tuple(int((a & ~b).sum()) for a, b in zip(before, plant.masks, strict=True)),
                 on=tuple(int((b & ~a).sum()) for a, b in zip(before, plant.masks, strict=True)),
                 event=",".join(k for k in kinds if k),
@@ -318,6 +391,7 @@ class Controller:
                 overhead_seconds=self._overhead,
             )
         )
+        self._event = ""
 
     # --- by hand --------------------------------------------------------------------------------
 
@@ -366,6 +440,12 @@ class Controller:
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")
         self._relayout(decision.masks, True)
+        for _ in range(CORRECTIONS if self._gauge is not None else 0):
+            again = self._loop.last(self._plant.masks)  # what was measured just now counts
+            if all(torch.equal(a, b) for a, b in zip(again.masks, decision.masks, strict=True)):
+                break
+            decision = again
+            self._relayout(decision.masks, True)
         self._event = "finalize"
         self._write(decision, before, was_compact)
         for plant in (self._plant, *self._followers):
@@ -406,6 +486,8 @@ class Controller:
             "plant": self._plant.state_dict(),
             "loop": self._loop.state_dict(),
             "history": self.history.state_dict(),
+            "budget": _given(self._budget),
+            "accounts": self._accounts.state_dict(),
             "counts": [self.steps, self._intake.skipped, self._intake.bad_in_a_row],
             "loss": self._loss,
             "layouts": self._layouts.state_dict(),
@@ -419,9 +501,14 @@ class Controller:
         self._check_state(state)
         try:
             state = copy.deepcopy(dict(state))
-            loop = self._policy.begin(self._setting)
+            budget = _asked(state["budget"])
+            setting = self._settle(budget)
+            loop = self._policy.begin(setting)
             loop.load_state_dict(state["loop"])
             _new_history(self._setting).load_state_dict(state["history"])
+            accounts = self._open_accounts()
+            accounts.retarget(_run_targets(budget))
+            accounts.load_state_dict(state["accounts"])
             counts = tuple(int(n) for n in state["counts"])
             times = tuple(float(x) for x in state["seconds"])
             layouts = Layouts.of(state["layouts"])
@@ -438,7 +525,9 @@ class Controller:
         self._checkpoints.admit()
         for follower in self._followers:
             follower.apply(self._plant.masks, compact=self._plant.compact)
-        self._loop, self._layouts = loop, layouts
+        self._loop, self._budget, self._setting = loop, budget, setting
+        self._accounts, self._layouts = accounts, layouts
+        self._use = self._work.value(self._held()) / setting.flops
         self.history.load_state_dict(state["history"])
         self.steps, self._loss = steps, loss
         self._intake.skipped, self._intake.bad_in_a_row = skipped, bad
@@ -457,7 +546,8 @@ class Controller:
             )
         if state["groups"] != dict(zip(structure.names, structure.sizes, strict=True)):
             raise ValueError("state_dict: its groups are not this model's; it belongs to another model")
-        needed = ("policy", "plant", "loop", "history", "counts", "loss", "layouts", "seconds")
+        parts = ("plant", "loop", "history", "accounts", "layouts")
+        needed = ("policy", *parts, "budget", "counts", "loss", "seconds")
         missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"state_dict: it is incomplete, {', '.join(missing)} missing")
@@ -471,3 +561,19 @@ class Controller:
 def _new_history(setting: Setting) -> History:
     structure = setting.structure
     return History(structure.names, structure.sizes, setting.budget, setting.total_steps)
+
+
+def _run_targets(budget: Budget | Price) -> dict[str, Target]:
+    targets = budget.targets() if isinstance(budget, Budget) else {}
+    return {name: target for name, target in targets.items() if name in TOTALS}
+
+
+def _given(budget: Budget | Price) -> dict[str, Any]:
+    """A budget as plain values."""
+    values = {field.name: getattr(budget, field.name) for field in fields(budget)}
+    return {"kind": type(budget).__name__} | {k: v for k, v in values.items() if v is not None}
+
+
+def _asked(given: Mapping[str, Any]) -> Budget | Price:
+    values = {k: v for k, v in given.items() if k != "kind"}
+    return {"Budget": Budget, "Price": Price}[given["kind"]](**values)

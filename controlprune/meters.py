@@ -174,7 +174,7 @@ def choose_meter(device: torch.device, given: Meter | None = None) -> Meter:
     except NoMeter as error:
         raise NoMeter(
             f"energy: nothing can be metered on {device} ({error}); state the power drawn, "
-            "meter=Wattage(65), or leave energy out of the budget"
+            "instruments=Instruments(energy=Wattage(65)), or leave energy out of the budget"
         ) from error
 
 

@@ -1,4 +1,7 @@
-"""From a traced structure and a budget to the numbers a policy works with."""
+"""From a traced structure, a budget and what resources cost to the numbers a policy works with.
+
+A run total (`train_flops` = 0.4) is feasible if a net at the floors, from the first step on, uses less.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .allocation import require_feasible
-from .budget import Budget, Price, require_supported
+from .budget import MEASURED, TOTALS, Budget, Price
 from .cost.flops import flops
-from .cost.params import parameters
 from .cost.polynomial import Polynomial
 from .policies.base import Setting
 from .structure.extents import size
@@ -37,6 +39,7 @@ def width_steps(
 def make_setting(
     structure: Structure,
     budget: Budget | Price,
+    costs: Mapping[str, Polynomial],
     *,
     total_steps: int,
     round_to: int | None,
@@ -44,39 +47,45 @@ def make_setting(
     seed: int,
     multiples: Sequence[int] = (),
 ) -> Setting:
-    """Costs, targets as fractions of dense, steps and floors; an unreachable budget is an error."""
-    costs: dict[str, Polynomial] = {"flops": flops(structure), "params": parameters(structure)}
+    """Targets as fractions of dense, steps and floors; an unreachable budget is an error.
+
+    `costs`: at least those of the resources that `budget` names (resources.py).
+    """
     sizes = structure.sizes
-    dense = {name: cost.value(np.array(sizes)) for name, cost in costs.items()}
     grains = tuple(group.multiple for group in structure.groups)
     fine, steps = (
         tuple(math.lcm(step, grain) for step, grain in zip(found, grains, strict=True))
         for found in (width_steps(sizes, round_to), width_steps(sizes, round_to, multiples))
     )
     floors = tuple(min(step, size) for step, size in zip(fine, sizes, strict=True))
-    require_supported(budget)
-    target: dict[str, float] = {}
-    prices: dict[str, float] = {}
-    if isinstance(budget, Budget):
-        limits: Mapping[str, float] = budget.limits(dense)
-        target = {name: limit / dense[name] for name, limit in limits.items()}
-        used = {name: costs[name] for name in target}
-        require_feasible(list(used.values()), [limits[k] for k in used], floors, sizes, list(used))
-    else:
-        prices = budget.prices()
-    names = [*target, *prices]
+    targets = budget.targets() if isinstance(budget, Budget) else {}
+    prices = budget.prices() if isinstance(budget, Price) else {}
+    missing = [name for name in (*targets, *prices) if name not in costs]
+    if missing:
+        raise ValueError(
+            f"budget: {', '.join(missing)} is measured when attaching; name it in attach(budget=…) to change "
+            "it later"
+        )
+    used = {name: costs[name] for name in (*targets, *prices)}
+    dense = {name: cost.value(sizes) for name, cost in used.items()}
+    totals = frozenset(name for name in targets if name in TOTALS)
+    limits = {name: target.limit(dense[name]) for name, target in targets.items() if name not in totals}
+    limits |= {k: t.value * dense[k] for k, t in targets.items() if k in totals and t.relative}
+    require_feasible([used[k] for k in limits], [limits[k] for k in limits], floors, sizes, list(limits))
     return Setting(
         structure=structure,
-        costs={name: costs[name] for name in names},
-        dense={name: dense[name] for name in names},
-        budget=target,
+        costs=used,
+        dense=dense,
+        budget={name: limit / dense[name] for name, limit in limits.items() if name not in totals},
         prices=prices,
+        totals=totals,
+        measured=frozenset(used) & MEASURED,
         steps=steps,
         grains=grains if round_to is None else steps,
         floors=floors,
         total_steps=total_steps,
         batch=batch,
-        flops=dense["flops"],
+        flops=flops(structure).value(sizes),
         elements=_read_elements(structure),
         seed=seed,
     )

@@ -114,7 +114,14 @@ def test_the_budget_is_still_filled(net: str, share: float) -> None:
     structure: Structure = analyse(model, (torch.zeros(1, *shape),))
     found = rounding.group_multiples(structure, dict(model.named_parameters()))
     setting = make_setting(
-        structure, cp.Budget(flops=share), total_steps=9, round_to=None, batch=1, seed=0, multiples=found
+        structure,
+        cp.Budget(flops=share),
+        {"flops": flops(structure)},
+        total_steps=9,
+        round_to=None,
+        batch=1,
+        seed=0,
+        multiples=found,
     )
     cost, dense = flops(structure), setting.dense["flops"]
     draw = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from rig import flops, mlp
 
 from controlprune.budget import Budget, InfeasibleBudget, Price
 from controlprune.policies.base import Setting
+from controlprune.resources import exact_costs
 from controlprune.setting import make_setting, width_steps
 from controlprune.structure import analyse
 
@@ -17,7 +18,10 @@ X = torch.zeros(2, 8)
 
 
 def setting(budget: Budget | Price, round_to: int | None = None) -> Setting:
-    return make_setting(analyse(mlp(), (X,)), budget, total_steps=10, round_to=round_to, batch=2, seed=0)
+    structure = analyse(mlp(), (X,))
+    named = budget.targets() if isinstance(budget, Budget) else budget.prices()
+    costs = exact_costs(named, structure)
+    return make_setting(structure, budget, costs, total_steps=10, round_to=round_to, batch=2, seed=0)
 
 
 def test_width_steps() -> None:

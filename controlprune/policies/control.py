@@ -41,24 +41,33 @@ from torch import Tensor
 from ..allocation import prior_values, uniform
 from ..gates import Experiment, GateController, Statistics
 from ..observe import LossTrend, Moments, fisher, observe, start_moments, track_loss
-from ..regulators.pi import PI, PIState
-from ..regulators.plan import Plan, PlanState
+from ..regulators.lqr import LQR
+from ..regulators.mpc import Horizon
+from ..regulators.observer import Observer
+from ..regulators.pi import PI
+from ..regulators.plan import Plan
 from ..tradeoff import Problem, Solution, solve
 from .base import Decision, Setting, Trial
 from .caution import Values, floors, held, slew, stability, trusted
 from .pace import calibration_spacing, observation_spacing, shrink_pays
+from .pricing import Prices, Regulator
+from .reference import Reference
 
 __all__ = ["Control", "ControlLoop"]
 
 OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
+COARSE, FINE = 0.015, 0.004  # how far under a limit is near enough, of dense; fine where sums must come out
 
 
 @dataclass(frozen=True)
 class Control:
     """Settings of the feedback policy. Steps are optimizer steps; `None` lets the horizon decide."""
 
-    plan: Plan = field(default_factory=lambda: Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5))
-    regulator: PI = field(default_factory=PI)
+    plan: Plan | Horizon = field(
+        default_factory=lambda: Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)
+    )
+    regulator: Regulator = "auto"  # of the price; see policies/pricing.py
+    observer: Observer = field(default_factory=Observer)  # of what is known only by measuring it
     invert: bool = True
     learned: bool = True  # False: the second-order score without the gate network
     trust: float = 0.5  # most weight that values get against the uniform allocation
@@ -92,8 +101,15 @@ class Control:
             raise ValueError(f'start={self.start!r}: give a fraction of dense in (0, 1], "budget" or None')
         if self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: give a number >= 1")
+        if not (self.regulator == "auto" or isinstance(self.regulator, PI | LQR)):
+            raise TypeError(f'regulator={self.regulator!r}: give "auto", a PI(...) or an LQR(...)')
 
     def begin(self, setting: Setting) -> ControlLoop:
+        if setting.totals and not self.shrink:
+            raise ValueError(
+                f"policy: Control(shrink=False) keeps the net dense, so {', '.join(setting.totals)} cannot "
+                "fall; leave shrink=True"
+            )
         return ControlLoop(self, setting)
 
 
@@ -117,28 +133,29 @@ class ControlLoop:
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
         self.trend = LossTrend()
         self.gates = GateController(seed=setting.seed)
-        self.plan: PlanState = control.plan.init()
-        self.prices: dict[str, PIState] = {k: control.regulator.init() for k in setting.costs}
+        self.reference = Reference(control.plan, control.stages, control.observer, setting)
+        self.prices = Prices(control.regulator, tuple(setting.costs))
         self.random = torch.Generator().manual_seed(setting.seed)
-        self.level = 1.0  # position of the staged reference between dense (1) and budget (0)
-        self.at_budget = False  # was the budget reached before this update?
         self.updates = 0
+        self.retargeted = False  # did the user change the budget?
         self.watching = False  # units switched off at the last update are still in the tensors
 
     def first(self) -> Decision | None:
         """Where to begin: nothing to do (dense), or the uniform allocation at `start`, units at random."""
         start, budget = self.control.start, self.setting.budget
-        if start is None or not budget:
+        if start is None or not (budget or self.setting.totals):
             return None
         above = [] if start == "budget" else [(start - r) / (1.0 - r) for r in budget.values() if r < 1.0]
-        self.level = max(0.0, *above, 0.0)
-        reference = self._staged()
+        self.reference.begin_at(max(0.0, *above, 0.0))
+        asked = self.reference.asked(0.0)
+        limits = self.reference.modelled(asked)
+        self.reference.solved(asked)
         masks = []
-        for size, width in zip(self.setting.structure.sizes, self._uniform(reference), strict=True):
+        for size, width in zip(self.setting.structure.sizes, self._uniform(limits), strict=True):
             mask = torch.zeros(size, dtype=torch.bool)
             mask[torch.randperm(size, generator=self.random)[:width]] = True
             masks.append(mask)
-        return Decision(tuple(masks), self.control.shrink, reference, self._price(), "start")
+        return Decision(tuple(masks), self.control.shrink, asked, self._price(), "start")
 
     # --- what the loop asks for -----------------------------------------------------------------
 
@@ -160,7 +177,7 @@ class ControlLoop:
 
     def _revises(self) -> bool:
         every = self.control.revise_every
-        return self.level == 0.0 and every > 0 and (self.updates + 1) % every == 0
+        return self.reference.level == 0.0 and every > 0 and (self.updates + 1) % every == 0
 
     def wants_probe(self, step: int, compact: bool) -> bool:
         return compact and self._revises() and not self._frozen(step)
@@ -230,36 +247,68 @@ class ControlLoop:
     def learn(self, step: int, masks: tuple[Tensor, ...], outcomes: list[Experiment]) -> None:
         s = self.statistics(step, torch.cat(masks))
         self.gates.record(s, outcomes)
-        price = sum(state.price for state in self.prices.values()) / max(1, len(self.prices))
-        self.gates.learn(s, price, rounds=8)
+        prices = self.prices.now().values()
+        self.gates.learn(s, sum(prices) / max(1, len(prices)), rounds=8)
 
     # --- the update -----------------------------------------------------------------------------
 
     def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
-        revises, level = self._revises(), self.level
+        revises = self._revises()
         self.updates += 1
         self.age = (self.age + 1).clamp_max(OLD)
+        progress = step / self.setting.total_steps
         stability = self._stability(torch.cat(masks))
-        reference = self._reference(step, stability)
+        self.reference.advance(progress, self.trend, stability)
+        asked = self.reference.asked(progress)
+        limits = self.reference.modelled(asked)
+        moved = self.reference.moved(asked, tuple(_widths(masks)))
         always = not self.control.invert or bool(self.setting.prices)
-        if self._frozen(step) or not (revises or self.watching or self.level < level or always):
-            return self._hold(step, masks, compact, reference)
+        if self._frozen(step) and not (moved and (self.reference.feeds_back or self.retargeted)):
+            return self._hold(step, masks, compact, asked)
+        if not (revises or self.watching or moved or always):
+            return self._hold(step, masks, compact, asked)
         exact = self.control.invert and not self.setting.prices
-        solution = self._solve(step, masks, stability, reference, exact=exact)
-        return self._answer(step, masks, compact, reference, solution)
+        solution = self._solve(step, masks, stability, limits, exact=exact)
+        self.reference.solved(asked)
+        return self._answer(step, masks, compact, asked, solution)
 
     def last(self, masks: tuple[Tensor, ...]) -> Decision:
         """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
         reference = dict(self.setting.budget)
-        widths = tuple(_widths(masks))
-        if all(self.setting.fraction(k, widths) <= r * (1 + 1e-9) for k, r in reference.items()):
+        if self.reference.met(tuple(_widths(masks))):
             return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
         self.age.fill_(OLD)  # no dwell, no slew: the budget comes first
-        self.at_budget = False
+        self.reference.at_budget = False
         stability = self._stability(torch.cat(masks))
-        solution = self._solve(step, masks, stability, reference, exact=True)
+        solution = self._solve(step, masks, stability, self.reference.modelled(reference), exact=True)
         return self._answer(step, masks, False, reference, solution)
+
+    # --- what is measured -----------------------------------------------------------------------
+
+    def feel(self, resource: str, widths: tuple[int, ...], measured: float, spread: float) -> None:
+        """The use measured at these widths, as a fraction of dense, and its relative error."""
+        self.reference.feel(resource, self.setting.fraction(resource, widths), measured, spread)
+
+    def account(self, resource: str, widths: tuple[int, ...], spent: float, limit: float) -> None:
+        """What of a run total is spent so far and may be in all, as fractions of a dense run.
+
+        `widths`: in the tensors now.
+        """
+        self.reference.account(resource, spent, limit, self.setting.fraction(resource, widths))
+
+    def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
+        return self.reference.realised(widths)
+
+    def retarget(self, setting: Setting) -> None:
+        """Another budget from here on; what is switched or frozen may move again."""
+        self.setting = setting
+        self.retargeted = True
+        self.prices.cover(tuple(setting.costs))
+        self.reference.retarget(setting)
+
+    def describe(self) -> list[str]:
+        return [*self.reference.describe(), *self.prices.describe()]
 
     def _hold(
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
@@ -269,7 +318,7 @@ class ControlLoop:
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
-        return {k: s.price for k, s in self.prices.items()} | dict(self.setting.prices)
+        return self.prices.now() | dict(self.setting.prices)
 
     def _stability(self, on: Tensor) -> float:
         """Of the values, between the running window and the last; then the running one becomes the last."""
@@ -277,37 +326,26 @@ class ControlLoop:
         self.window = torch.stack([torch.zeros_like(self.window[0]), self.window[0]])
         return stability(now, before, self._group(), on)
 
-    def _reference(self, step: int, stability: float) -> dict[str, float]:
-        """The plan's position between dense and budget, in stages, as a fraction per resource."""
-        self.plan = self.control.plan.update(
-            self.plan, step / self.setting.total_steps, self.trend, stability
-        )
-        stage = 1.0 / self.control.stages
-        position = np.ceil(self.plan.level / stage - 1e-9) * stage
-        self.at_budget = self.level == 0.0
-        self.level = min(self.level, float(position))
-        return self._staged()
-
-    def _staged(self) -> dict[str, float]:
-        return {k: r + (1.0 - r) * self.level for k, r in self.setting.budget.items()}
-
-    def _uniform(self, reference: Mapping[str, float]) -> tuple[int, ...]:
-        """n̄ at the reference; empty where nothing is to be met."""
-        if not reference:
+    def _uniform(self, limits: Mapping[str, float]) -> tuple[int, ...]:
+        """n̄ under the limits; empty where nothing is to be met."""
+        if not limits:
             return ()
-        costs = [self.setting.costs[k] for k in reference]
-        limits = np.array([r * self.setting.dense[k] for k, r in reference.items()])
-        return uniform(self.setting.structure.sizes, costs, limits, self.setting.floors, self.setting.steps)
+        setting = self.setting
+        costs = [setting.costs[k] for k in limits]
+        bounds = np.array([r * setting.dense[k] for k, r in limits.items()])
+        return uniform(setting.structure.sizes, costs, bounds, setting.floors, setting.steps)
 
     def _values(self, step: int, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]) -> Values:
         """ṽ per group."""
-        sizes = self.setting.structure.sizes
+        setting = self.setting
+        sizes = setting.structure.sizes
         v = self.gates.values(self.statistics(step, torch.cat(masks))).double()
         values = tuple(x.numpy() for x in torch.split(v, list(sizes)))
         if not even:
             return values
-        costs = [self.setting.costs[k] for k in self.setting.budget]
-        shares = 1.0 / np.array([self.setting.dense[k] for k in self.setting.budget])
+        limited = [k for k in setting.costs if k not in setting.prices]
+        costs = [setting.costs[k] for k in limited]
+        shares = 1.0 / np.array([setting.dense[k] for k in limited])
         return trusted(values, prior_values(even, costs, sizes, shares), even, trust)
 
     def _solve(
@@ -315,28 +353,28 @@ class ControlLoop:
         step: int,
         masks: tuple[Tensor, ...],
         stability: float,
-        reference: Mapping[str, float],
+        limits: Mapping[str, float],
         *,
         exact: bool,
     ) -> Solution:
-        """The trade-off under the reference as a limit (`exact`), or under the price alone."""
+        """The trade-off under the modelled limits (`exact`), or under the price alone."""
         setting, control = self.setting, self.control
         names = tuple(setting.costs)
         dense = np.array([setting.dense[k] for k in names])
         trust, most = control.trust * stability, slew(setting.structure.sizes, setting.steps)
-        even = self._uniform(reference)
+        even = self._uniform(limits)
         values = self._values(step, masks, trust, even)
         least = setting.floors
         if even:
-            binding = most if self.at_budget else None
+            binding = most if self.reference.at_budget else None
             least = floors(least, setting.steps, even, trust, _widths(masks), binding)
         price = np.array([0.0 if exact else self._price()[k] for k in names]) / dense
-        limits = np.array([reference.get(k, np.inf) if exact else np.inf for k in names]) * dense
         young = torch.split(self.age < control.dwell, list(setting.structure.sizes))
+        bounds = np.array([limits.get(k, np.inf) if exact else np.inf for k in names]) * dense
         problem = Problem(
             values=values,
             costs=tuple(setting.costs.values()),
-            limits=limits,
+            limits=bounds,
             prices=price,
             floors=least,
             steps=setting.steps,
@@ -344,12 +382,13 @@ class ControlLoop:
             masks=tuple(m.numpy() for m in masks),
             held=held(values, masks, young, most),
             hysteresis=control.hysteresis,
+            tolerance=FINE if self.reference.feeds_back else COARSE,
             resources=names,
         )
         solution = solve(problem)
         free = replace(problem, held=None)
         for easier in (free, replace(free, floors=setting.floors)) if exact else ():
-            if not (limits - solution.costs > problem.tolerance * dense).all():
+            if not (bounds - solution.costs > problem.tolerance * dense).all():
                 break  # some limit is filled; else what keeps them from it gives way, holds first
             solution = solve(easier)
         return solution
@@ -373,16 +412,17 @@ class ControlLoop:
         self.watching = news and not shrinks and not self.watching
         return Decision(masks, shrinks, reference, self._price())
 
-    def _regulate(self, reference: Mapping[str, float], solution: Solution) -> None:
+    def _regulate(self, asked: Mapping[str, float], solution: Solution) -> None:
         """The price of each resource: tracks the shadow price where a limit binds, or acts on y − r."""
+        use = self.reference.realised(solution.widths)
         for k, name in enumerate(self.setting.costs):
-            dense = self.setting.dense[name]
-            shadow = float(solution.prices[k]) * dense
-            if name not in reference or (self.control.invert and shadow <= 0.0):
+            if name not in asked:
                 continue
-            error = float(solution.costs[k]) / dense - reference[name]
-            applied = shadow if self.control.invert else None
-            self.prices[name] = self.control.regulator.update(self.prices[name], error, applied)
+            shadow = float(solution.prices[k]) * self.setting.dense[name]
+            if not self.control.invert:
+                self.prices.regulate(name, use[name], asked[name])
+            elif shadow > 0.0:
+                self.prices.track(name, use[name], asked[name], shadow)
 
     def _pays(self, step: int, widths: Sequence[int]) -> bool:
         setting = self.setting
@@ -397,8 +437,8 @@ class ControlLoop:
         return state | {
             "moments": vars(self.moments) | {},
             "trend": vars(self.trend) | {},
-            "plan": vars(self.plan) | {},
-            "prices": {k: vars(p) | {} for k, p in self.prices.items()},
+            "reference": self.reference.state_dict(),
+            "prices": self.prices.state_dict(),
             "gates": self.gates.state_dict(),
             "random": self.random.get_state(),
         }
@@ -410,14 +450,14 @@ class ControlLoop:
             setattr(self, name, _like(state[name], getattr(self, name)))
         self.moments = Moments(**{k: _like(state["moments"][k], v) for k, v in vars(self.moments).items()})
         self.trend = LossTrend(**state["trend"])
-        self.plan = PlanState(**state["plan"])
-        self.prices = {k: PIState(**p) for k, p in state["prices"].items()}
+        self.reference.load_state_dict(state["reference"])
+        self.prices.load_state_dict(state["prices"])
         self.gates.load_state_dict(state["gates"])
         self.random.set_state(state["random"])
 
 
-_PLAIN = ("batch", "level", "at_budget", "updates", "watching")
 _TENSORS = ("window", "age")
+_PLAIN = ("batch", "retargeted", "updates", "watching")
 
 
 def _like(value: Tensor, present: Tensor) -> Tensor:

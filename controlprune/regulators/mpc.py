@@ -59,6 +59,7 @@ class HorizonState:
     best: float  # least fast mean of the loss
     excess: float  # h at the last update
     dose: float  # given at the last update
+    started: float | None  # τ of the first dose
     fit: LeastSquaresState  # (ρ, κ)
 
 
@@ -97,20 +98,32 @@ class Horizon:
         return LeastSquares((self.healing, self.damage), spread=SPREAD, forgetting=self.forgetting)
 
     def init(self) -> HorizonState:
-        return HorizonState(1.0, 0.0, 0.0, math.inf, 0.0, 0.0, self._squares().init())
+        return HorizonState(1.0, 0.0, 0.0, math.inf, 0.0, 0.0, None, self._squares().init())
 
     def update(self, state: HorizonState, progress: float, trend: Trend, stability: float) -> HorizonState:
         """The level at `progress`: learn from the loss, plan the rest, give the first dose."""
         passed = max(progress - state.progress, 0.0)
         spent = state.spent + passed * self._use(state.level)
         state = replace(self._learn(state, trend), spent=spent, progress=progress, dose=0.0)
+        began = state.started if state.started is not None else progress
         if progress >= self.deadline:
-            return replace(state, level=0.0, dose=state.level)
+            return replace(state, level=0.0, dose=state.level, started=began)
         if progress < self.earliest or state.level <= 0:
             return state
         plan = self.plan(state, max(passed, (1 - progress) / 1000), stability)
         dose = min(float(plan[0]), state.level)
-        return replace(state, level=state.level - dose, dose=dose)
+        started = began if dose > 0 else state.started
+        return replace(state, level=state.level - dose, dose=dose, started=started)
+
+    def scaled(self, factor: float) -> Horizon:
+        """The same planner with its times multiplied."""
+        return replace(self, earliest=factor * self.earliest, deadline=factor * self.deadline)
+
+    def ahead(self, progress: float, level: float, started: float | None) -> float:
+        """Mean level over the rest of the horizon at the latest: an even descent to the deadline."""
+        if progress >= 1.0:
+            return level
+        return level * min(1.0, 0.5 * max(self.deadline - progress, 0.0) / (1.0 - progress))
 
     def plan(self, state: HorizonState, spacing: float, stability: float) -> Array:
         """Doses now and at every update until the deadline, `spacing` apart."""

@@ -3,10 +3,11 @@
 With the error e_t = y_t − r_t (resource use over reference, fractions of dense) and u = log λ::
 
     ξ_t     = ν ξ_{t−1} + (1 − ν) e_t                                  (ξ_{−1} = e_0: no kick at the start)
-    u_{t+1} = clip[ u_t + K_I e_t + K_P (ξ_t − ξ_{t−1}),  log low, log high ]
+    u_{t+1} = clip[ u_t + clip[K_I e_t + K_P (ξ_t − ξ_{t−1}), ±rate],  log low, log high ]
 
 λ is in loss per dense use of the resource. `log_scale=False` regulates u = λ itself (low may be 0).
-The velocity form keeps no integral beside the clipped price, so nothing winds up while it is clipped.
+The velocity form keeps no integral beside the clipped price, so nothing winds up while it is clipped, nor
+while its rate is.
 If another mechanism sets the price (`applied`: the shadow price of a limit that is solved exactly), the
 regulator tracks it by back-calculation, u_{t+1} = log λ_applied, and takes over from there without a bump.
 
@@ -43,12 +44,15 @@ class PI:
     low: float = 1e-8
     high: float = 1e4
     log_scale: bool = True
+    rate: float = math.inf  # largest |u_{t+1} − u_t|
 
     def __post_init__(self) -> None:
         for name in ("integral", "proportional"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"PI({name}={value!r}): give a finite gain >= 0")
+        if not self.rate > 0:
+            raise ValueError(f"PI(rate={self.rate!r}): give the largest change per update, > 0")
         if not -1 < self.smoothing < 1:
             raise ValueError(f"PI(smoothing={self.smoothing!r}): give ν in (-1, 1)")
         if not 0 <= self.low <= self.initial <= self.high < math.inf or (self.log_scale and self.low == 0):
@@ -69,6 +73,7 @@ class PI:
         if applied is not None:
             return PIState(self._clip(applied), smoothed)
         change = self.integral * error + self.proportional * (smoothed - before)
+        change = min(max(change, -self.rate), self.rate)
         if not self.log_scale:
             return PIState(self._clip(state.price + change), smoothed)
         position = math.log(state.price) + change

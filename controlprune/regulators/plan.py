@@ -21,7 +21,7 @@ tolerance = inf is a fixed linear ramp of length `duration`; duration = 0 cuts i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 __all__ = ["Plan", "PlanState", "Trend"]
@@ -82,6 +82,18 @@ class Plan:
         if started is not None:
             level = self._descend(level, progress - max(state.progress, started), self._health(trend, best))
         return PlanState(min(level, self._ceiling(progress)), progress, started, best)
+
+    def scaled(self, factor: float) -> Plan:
+        """The same plan with all its times multiplied."""
+        times = ("earliest", "latest", "deadline", "duration")
+        return replace(self, **{name: factor * getattr(self, name) for name in times})
+
+    def ahead(self, progress: float, level: float, started: float | None) -> float:
+        """Mean level over the rest of the horizon, if the cut starts at the latest and nothing holds it."""
+        if progress >= 1.0:
+            return level
+        waits = max(self.latest - progress, 0.0) if started is None else 0.0
+        return level * min(1.0, (waits + 0.5 * level * self.duration) / (1.0 - progress))
 
     def _starts(self, progress: float, trend: Trend, stability: float) -> bool:
         settled = abs(trend.slope) <= self.flat and stability >= self.agreement

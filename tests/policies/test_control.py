@@ -14,6 +14,7 @@ from controlprune.budget import Budget, Price
 from controlprune.policies.base import Decision, Setting
 from controlprune.policies.control import Control, ControlLoop
 from controlprune.regulators.plan import Plan
+from controlprune.resources import exact_costs
 from controlprune.setting import make_setting
 from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
@@ -30,7 +31,13 @@ def structure() -> Structure:
 
 def setting(budget: Budget | Price | None = None, total_steps: int = 100, seed: int = 0) -> Setting:
     return make_setting(
-        structure(), budget or Budget(flops=0.5), total_steps=total_steps, round_to=None, batch=16, seed=seed
+        structure(),
+        budget or Budget(flops=0.5),
+        exact_costs(("flops", "params", "train_flops"), structure()),
+        total_steps=total_steps,
+        round_to=None,
+        batch=16,
+        seed=seed,
     )
 
 

@@ -1,0 +1,128 @@
+"""The prices: one regulator per resource, tuned to how the resource turns out to answer its price.
+
+    where the solver meets the reference exactly      λ_k is its shadow price; the regulator tracks it
+    where the price itself steers (invert=False)      λ_k(t + 1) = regulator(y_k − r_k)
+    where the user set the price (`Price`)            nothing to regulate
+
+`regulator="auto"` starts from the νPI designed for the prior belief (gain 0.3, 60° of phase margin),
+identifies y_{t+1} = a y_t + b u_{t+1} + c from what the price does (regulators/identify.py) and designs the
+gains anew every `REDESIGN` updates (regulators/design.py); `describe` says what it chose and why. Masks move
+by limited steps (slew, dwell), which looks like a small gain while the price runs: so the price is limited
+in its rate, and a gain is believed only near the prior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from ..regulators.design import Design, design, margins
+from ..regulators.identify import Identifier, PriceState, Response
+from ..regulators.lqr import LQR, LQRState
+from ..regulators.pi import PI, PIState
+from ..regulators.state import pack, unpack
+
+__all__ = ["Prices", "Regulator"]
+
+Regulator = PI | LQR | Literal["auto"]
+RATE = 0.7  # of the log price per update: masks answer slower than any price can move
+TRUSTED = 3.0  # factor about the prior belief within which an identified gain is believed
+REDESIGN = 8  # updates; as many must have been seen before the first one
+
+
+class Prices:
+    """The states of all regulators of a run."""
+
+    def __init__(self, regulator: Regulator, names: tuple[str, ...]) -> None:
+        self._given = regulator
+        self._identifier = Identifier(trusted=TRUSTED)
+        self._regulators: dict[str, PI | LQR] = {}
+        self._states: dict[str, PIState | LQRState] = {}
+        self._fits: dict[str, PriceState] = {}
+        self._seen: dict[str, int] = {}
+        self.cover(names)
+
+    def cover(self, names: tuple[str, ...]) -> None:
+        """Regulate these resources: new ones from the start, known ones as they are, others no more."""
+        for name in set(self._regulators) - set(names):
+            for kept in (self._regulators, self._states, self._fits, self._seen):
+                del kept[name]
+        for name in names:
+            if name not in self._regulators:
+                self._regulators[name] = PI(rate=RATE) if isinstance(self._given, str) else self._given
+                self._states[name] = self._regulators[name].init()
+                self._fits[name], self._seen[name] = self._identifier.init(), 0
+
+    def now(self) -> dict[str, float]:
+        return {name: state.price for name, state in self._states.items()}
+
+    def track(self, name: str, use: float, reference: float, shadow: float) -> None:
+        """The solver met the reference at this shadow price."""
+        self._states[name] = _update(self._regulators[name], self._states[name], use, reference, shadow)
+
+    def regulate(self, name: str, use: float, reference: float) -> None:
+        """The price of the last call led to this use; the next one."""
+        regulator, state = self._regulators[name], self._states[name]
+        if self._given == "auto":
+            self._fits[name] = self._identifier.update(self._fits[name], use, state.price)
+            self._seen[name] += 1
+            if self._seen[name] % REDESIGN == 0:
+                regulator = self._regulators[name] = replace(self._design(name).regulator, rate=RATE)
+        self._states[name] = _update(regulator, state, use, reference, None)
+
+    def response(self, name: str) -> Response:
+        """How the resource answers its log price, as identified so far."""
+        return self._identifier.response(self._fits[name])
+
+    def _design(self, name: str) -> Design:
+        return design(self.response(name))
+
+    def describe(self) -> list[str]:
+        """What regulates each price, and why, for the report."""
+        lines = []
+        for name, regulator in self._regulators.items():
+            if not isinstance(regulator, PI):
+                gains = ", ".join(f"{k:.3g}" for k in regulator.gains)
+                lines.append(f"price of {name}: LQR, gains {gains}")
+                continue
+            if self._seen[name] < REDESIGN:
+                continue
+            response = self.response(name)
+            margin = margins(response, regulator)
+            lines.append(
+                f"price of {name}: PI, K_I = {regulator.integral:.3g}, K_P = {regulator.proportional:.3g}, "
+                f"for the identified gain {response.gain:.3g} and pole {response.pole:.3g}: gain "
+                f"margin {margin.gain:.3g}, phase margin {margin.phase:.0f}°, delay margin "
+                f"{margin.delay:.1f} updates"
+            )
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {
+                "state": pack(self._states[name]),
+                "fit": pack(self._fits[name]),
+                "seen": self._seen[name],
+                "gains": pack(self._regulators[name]),
+            }
+            for name in self._regulators
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, regulator in self._regulators.items():
+            saved = state[name]
+            self._regulators[name] = unpack(regulator, saved["gains"])
+            self._states[name] = unpack(self._states[name], dict(saved["state"]))
+            self._fits[name] = unpack(self._fits[name], saved["fit"])
+            self._seen[name] = int(saved["seen"])
+
+
+def _update(
+    regulator: PI | LQR, state: PIState | LQRState, use: float, reference: float, applied: float | None
+) -> PIState | LQRState:
+    if isinstance(regulator, LQR):
+        assert isinstance(state, LQRState)
+        return regulator.update(state, use, reference, reference, applied)
+    assert isinstance(state, PIState)
+    return regulator.update(state, use - reference, applied)

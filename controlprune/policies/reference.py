@@ -1,0 +1,179 @@
+"""The reference: what is asked of every resource now, and what that means in the terms of its model.
+
+    planner      level ℓ(t) from 1 (dense) to 0 (budget), in stages            (regulators/plan.py, mpc.py)
+    model's own  r_k = β_k + (1 − β_k) ℓ                 β_k: the budget, fraction of dense
+    run totals   the same, with β_k solved anew from what was spent            (regulators/totals.py)
+    measured     a limit r_k on the real use is r_k / s_k on the modelled use  (regulators/observer.py)
+
+Exact resources have s = 1. Reasons to solve again (`moved`): what is asked changed by more than `MOVED` since
+the last solution (a stage of the plan, a budget that the user changed); a run total asks for another use of a
+step than there is; at the budget, a measured use left its band, from `UNDER` below to `NOISE` above. All
+are fractions of dense; a run total's are of a dense step, its sums of a dense run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..regulators.mpc import Horizon, HorizonState
+from ..regulators.observer import Observer, ObserverState
+from ..regulators.plan import Plan, PlanState, Trend
+from ..regulators.state import pack, unpack
+from ..regulators.totals import hastened, mean_left, rest, steady
+from .base import Setting
+
+__all__ = ["Reference"]
+
+MOVED = 0.005  # of dense
+NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
+
+
+class Reference:
+    """Holds the plan's state, what was spent of the run totals, and how far the models were wrong."""
+
+    def __init__(self, plan: Plan | Horizon, stages: int, observer: Observer, setting: Setting) -> None:
+        self.stages, self.observer, self.setting = stages, observer, setting
+        self.level = 1.0  # position of the staged reference
+        self.at_budget = False  # was the budget reached before this update?
+        self._given = plan
+        self._factor = 1.0  # on the times of the plan
+        self._plan: PlanState | HorizonState = plan.init()
+        self._scales = {name: observer.init() for name in sorted(setting.measured)}
+        self._spent: dict[str, tuple[float, float, float]] = {}  # run total -> (spent, limit, use now)
+        self._solved: dict[str, float] | None = None  # what was asked for at the last solution
+
+    # --- what comes in --------------------------------------------------------------------------
+
+    def feel(self, resource: str, modelled: float, measured: float, spread: float) -> None:
+        """A measurement of the use at the widths for which the model says `modelled`."""
+        self._scales[resource] = self.observer.update(self._scales[resource], modelled, measured, spread)
+
+    def account(self, resource: str, spent: float, limit: float, modelled: float) -> None:
+        """What the run has used of a total so far and may use in all; `modelled`: of a step now."""
+        known = resource in self._spent
+        self._spent[resource] = (spent, limit, modelled * self.scale(resource))
+        if not known:
+            self._factor = min(self._factor, hastened(limit, self._ahead_at))
+
+    def retarget(self, setting: Setting) -> None:
+        """The user changed the budget; the plan's position is kept, limits follow at the next update."""
+        self.setting = setting
+        self._spent = {k: v for k, v in self._spent.items() if k in setting.totals}
+        self._scales = {k: self._scales.get(k, self.observer.init()) for k in sorted(setting.measured)}
+
+    def begin_at(self, level: float) -> None:
+        self.level = level
+
+    def advance(self, progress: float, trend: Trend, stability: float) -> None:
+        """One update of the plan; `progress`: the part of the horizon that has passed."""
+        plan = self._given.scaled(self._factor)
+        self._plan = _update(plan, self._plan, progress, trend, stability)
+        stage = 1.0 / self.stages
+        position = np.ceil(self._plan.level / stage - 1e-9) * stage
+        self.at_budget = self.level == 0.0
+        self.level = min(self.level, float(position))
+
+    # --- what is asked --------------------------------------------------------------------------
+
+    def asked(self, progress: float) -> dict[str, float]:
+        """r_k, of the real use."""
+        ends = dict(self.setting.budget)
+        for name, (spent, limit, use) in self._spent.items():
+            if self.level > 0.0:
+                end = rest(mean_left(limit, spent, progress), self._ahead(progress))
+            else:
+                end = steady(limit, spent, progress, use)
+            ends[name] = max(end, self._least(name))
+        return {name: end + (1.0 - end) * self.level for name, end in ends.items()}
+
+    def modelled(self, asked: Mapping[str, float]) -> dict[str, float]:
+        """r_k / s_k, of the modelled use."""
+        return {name: r / self.scale(name) for name, r in asked.items()}
+
+    def scale(self, name: str) -> float:
+        return self._scales[name].scale if name in self._scales else 1.0
+
+    def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
+        """The real use at these widths, as far as it is known: modelled, times s."""
+        return {name: self.setting.fraction(name, widths) * self.scale(name) for name in self.setting.costs}
+
+    def met(self, widths: tuple[int, ...]) -> bool:
+        """Are the budgets of the model itself met, measured ones within what a measurement can tell?"""
+        use, limits = self.realised(widths), self.setting.budget
+        return all(use[k] <= r * (1 + (NOISE if k in self._scales else 1e-9)) for k, r in limits.items())
+
+    @property
+    def feeds_back(self) -> bool:
+        """Can the reference move after the plan has come to its end?"""
+        return bool(self._scales or self.setting.totals)
+
+    def moved(self, asked: Mapping[str, float], widths: tuple[int, ...]) -> bool:
+        """Is there a reason to solve again? `widths`: those of the active units."""
+        if self._solved is None:
+            return any(r < 1.0 for r in asked.values())
+        old, use = self._solved, self.realised(widths)
+        for name, r in asked.items():
+            if name in self._spent and self.level == 0.0:
+                away = abs(r - self._spent[name][2]) > MOVED
+            else:
+                away = name not in old or abs(r - old[name]) > MOVED
+                measured = self.level == 0.0 and name in self._scales and name not in self._spent
+                away |= measured and not r * (1 - UNDER) <= use[name] <= r * (1 + NOISE)
+            if away:
+                return True
+        return asked.keys() != old.keys()
+
+    def solved(self, asked: Mapping[str, float]) -> None:
+        self._solved = dict(asked)
+
+    def describe(self) -> list[str]:
+        """How far the models of measured resources were off, for the report."""
+        return [
+            f"{name}: measured over modelled {state.scale:.3f} (the limit is corrected by it)"
+            for name, state in self._scales.items()
+        ]
+
+    def _least(self, name: str) -> float:
+        return self.setting.fraction(name, self.setting.floors) * self.scale(name)
+
+    def _ahead(self, progress: float) -> float:
+        """Mean level over the steps that are left, if all goes as planned."""
+        return self._given.scaled(self._factor).ahead(progress, self.level, self._plan.started)
+
+    def _ahead_at(self, factor: float) -> float:
+        return self._given.scaled(factor).ahead(0.0, 1.0, None)
+
+    # --- saved and restored ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "level": self.level,
+            "at_budget": self.at_budget,
+            "factor": self._factor,
+            "plan": pack(self._plan),
+            "scales": {name: pack(state) for name, state in self._scales.items()},
+            "spent": {name: list(three) for name, three in self._spent.items()},
+            "solved": None if self._solved is None else dict(self._solved),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.level, self.at_budget = float(state["level"]), bool(state["at_budget"])
+        self._factor = float(state["factor"])
+        self._plan = unpack(self._given.init(), state["plan"])
+        blank: ObserverState = self.observer.init()
+        self._scales = {name: unpack(blank, saved) for name, saved in state["scales"].items()}
+        self._spent = {name: (float(a), float(b), float(c)) for name, (a, b, c) in state["spent"].items()}
+        self._solved = None if state["solved"] is None else dict(state["solved"])
+
+
+def _update(
+    plan: Plan | Horizon, state: PlanState | HorizonState, progress: float, trend: Trend, stability: float
+) -> PlanState | HorizonState:
+    if isinstance(plan, Horizon):
+        assert isinstance(state, HorizonState)
+        return plan.update(state, progress, trend, stability)
+    assert isinstance(state, PlanState)
+    return plan.update(state, progress, trend, stability)

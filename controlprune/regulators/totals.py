@@ -1,0 +1,70 @@
+"""Run totals by receding horizon: what every step may use so that the sum ends on the limit.
+
+With the use per step as a fraction u(t) of a dense step, τ the part of the run that has passed, and limit and
+spent as fractions of a dense run::
+
+    limit = spent + ∫_τ^1 u dτ',      u = β + (1 − β) ℓ(τ')
+
+The level ℓ is the planner's (1 dense, 0 budget). With its mean L over what is left, if the cut goes on as
+planned, the only unknown is where the steps end up::
+
+    f = (limit − spent) / (1 − τ)         mean use per step that is left
+    β = (f − L) / (1 − L)
+
+solved anew at every update from what was really spent, so that a late cut, a controller that costs time or a
+machine that slows down are made up for in the rest of the run. L → 1 (no time left to cut) asks for dense if
+f ≥ 1 and for nothing otherwise. Once the plan has come to its end, `steady` asks for a change of the use u
+only where the sum would miss by more than `DEAD`, and never for more than fits into `SHORT`::
+
+    ε = limit − spent − u (1 − τ),      β = u where |ε| ≤ DEAD · limit,   else  u + ε / max(1 − τ, SHORT)
+
+which is f for 1 − τ ≥ SHORT; after that the gain on ε stays bounded, and a small rest is not thrown at the
+last steps.
+
+`hastened`: how much faster the plan must be (a factor on its times) for the end to be no lower than
+`share` of the mean, β ≥ share · limit, so that a small total is met by a moderate net cut early and not by
+a tiny one cut late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["hastened", "mean_left", "rest", "steady"]
+
+DEAD = 0.002  # of the limit
+SHORT = 0.1
+STEPS = 40  # of the bisection
+
+
+def mean_left(limit: float, spent: float, progress: float) -> float:
+    """f; infinite when the run is over."""
+    left = 1.0 - progress
+    return (limit - spent) / left if left > 0 else float("inf")
+
+
+def rest(mean: float, ahead: float) -> float:
+    """β from f and L; at most 1, not bounded below (a total that can't be met asks for less than nothing)."""
+    if ahead >= 1.0 - 1e-9:
+        return 1.0 if mean >= 1.0 else -float("inf")
+    return min(1.0, (mean - ahead) / (1.0 - ahead))
+
+
+def steady(limit: float, spent: float, progress: float, use: float) -> float:
+    """β from the use per step now; between 0 and 1."""
+    left = max(1.0 - progress, 0.0)
+    error = limit - spent - use * left
+    if abs(error) <= DEAD * limit:
+        return min(use, 1.0)
+    return min(max(use + error / max(left, SHORT), 0.0), 1.0)
+
+
+def hastened(limit: float, ahead: Callable[[float], float], share: float = 0.6) -> float:
+    """The largest factor in (0, 1] on the plan's times with β ≥ share · limit; `ahead(factor)` is L then."""
+    if rest(limit, ahead(1.0)) >= share * limit:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rest(limit, ahead(middle)) >= share * limit else (low, middle)
+    return low

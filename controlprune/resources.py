@@ -1,0 +1,98 @@
+"""What every resource costs, as a function of the widths, for this model on this device.
+
+flops, params      exact, from the trace                                            (cost/flops.py, params.py)
+memory             counted, from the trace and one training-mode forward            (cost/memory.py)
+latency            identified from timings of shrunk copies                         (cost/latency.py)
+energy             power × latency, or metered                                      (cost/energy.py)
+train_flops        3 C_flops(n) per step: a forward, and a backward of twice that
+train_time,        per step, in dense steps:  σ + (1 − σ) C_flops(n) / C_flops(N)
+train_energy       σ = `FIXED`: what of a step does not shrink. A guess, corrected while the run goes on
+                   (regulators/observer.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .cost.energy import energy
+from .cost.flops import flops
+from .cost.latency import latency
+from .cost.memory import memory
+from .cost.params import parameters
+from .cost.polynomial import Polynomial
+from .cost.timing import device_clock
+from .instruments import Instruments
+from .structure.extents import Fixed
+from .structure.groups import Structure
+from .structure.trace import call_model, copied, untouched
+
+__all__ = ["Bench", "costs", "exact_costs", "step_share"]
+
+FIXED = 0.15
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and with what."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    example_inputs: Any
+    deploy_inputs: Any
+    instruments: Instruments
+
+
+def costs(names: Iterable[str], structure: Structure, bench: Bench) -> dict[str, Polynomial]:
+    """C_k(n) of each resource; the model is left as it was found."""
+    found = exact_costs(names, structure)
+    for name in names:
+        if name in ("train_time", "train_energy"):
+            found[name] = step_share(structure)
+        elif name == "memory":
+            found[name] = memory(structure, bench.model, bench.optimizer, bench.example_inputs).peak
+        elif name == "latency":
+            found[name] = _latency(structure, bench)
+        elif name == "energy":
+            found.setdefault("latency", _latency(structure, bench))
+            found[name] = _energy(found["latency"], bench)
+    return found
+
+
+def _latency(structure: Structure, bench: Bench) -> Polynomial:
+    clock = bench.instruments.clock
+    return latency(structure, bench.model, bench.deploy_inputs, clock=clock).seconds
+
+
+def _energy(seconds: Polynomial, bench: Bench) -> Polynomial:
+    """By the meter of the bench, while the dense model runs."""
+    model, meter = bench.model, bench.instruments.energy
+    assert meter is not None
+    inputs = copied(bench.deploy_inputs)
+    clock = device_clock(next(model.parameters()).device, bench.instruments.clock)
+    with untouched(model), torch.no_grad():
+        model.eval()
+        return energy(seconds, meter, lambda: call_model(model, inputs), clock=clock).joules
+
+
+def exact_costs(names: Iterable[str], structure: Structure) -> dict[str, Polynomial]:
+    """Of those resources that the trace alone tells."""
+    whole = {
+        "flops": flops(structure),
+        "params": parameters(structure),
+        "train_flops": 3.0 * flops(structure),
+    }
+    return {name: whole[name] for name in names if name in whole}
+
+
+def step_share(structure: Structure) -> Polynomial:
+    """Time of a training step over that of a dense one, as believed before any was measured."""
+    work = flops(structure)
+    whole = work.value(structure.sizes)
+    constant = Polynomial.of([(FIXED, (Fixed(1),))], len(structure.groups))
+    return constant + ((1.0 - FIXED) / whole) * work

@@ -1,0 +1,86 @@
+"""Budgets in every unit on real runs: counted ones to the point, sums over the run, a changed mind."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from rig import QUICK, rig
+from torch import nn
+
+import controlprune as cp
+
+
+@pytest.mark.parametrize("target", [0.4, 0.7])
+def test_the_sum_of_a_run_ends_on_its_budget(target: float) -> None:
+    run = rig("residual", budget=cp.Budget(train_flops=target), policy=cp.Control(), total_steps=400)
+    run.train(0, 400)
+    assert run.controller.cost()["train_flops"].fraction == pytest.approx(target, rel=0.01)
+
+
+def test_several_budgets_are_all_met() -> None:
+    budget = cp.Budget(flops=0.6, params=0.5, memory=0.7)
+    run = rig("residual", budget=budget, policy=QUICK, total_steps=120)
+    run.train(0, 120)
+    run.controller.finalize()
+    cost = run.controller.history[-1].realised
+    assert cost["flops"] <= 0.6
+    assert cost["params"] <= 0.5
+    assert cost["memory"] <= 0.7
+
+
+def test_a_changed_budget_is_followed_both_ways() -> None:
+    run = rig("residual", budget=cp.Budget(flops=0.6), policy=QUICK, total_steps=240)
+    seen = []
+    for budget, stop in ((0.6, 120), (0.3, 160), (0.5, 200)):
+        run.controller.budget = cp.Budget(flops=budget)
+        run.train(run.controller.steps, stop)
+        seen.append(run.controller.history[-1].realised["flops"])
+    assert seen == [pytest.approx(r, abs=0.06) for r in (0.6, 0.3, 0.5)]
+    assert all(use <= r * (1 + 1e-9) for use, r in zip(seen, (0.6, 0.3, 0.5), strict=True))
+
+
+def test_what_was_asked_travels_with_the_state() -> None:
+    run = rig("mlp", budget=cp.Budget(flops=0.6), total_steps=100)
+    run.controller.budget = cp.Budget(flops=0.4, params=0.5)
+    state = run.controller.state_dict()
+    again = rig("mlp", budget=cp.Budget(flops=0.6), total_steps=100)
+    again.controller.load_state_dict(state)
+    assert again.controller.budget == cp.Budget(flops=0.4, params=0.5)
+
+
+def test_a_budget_that_cannot_join_late_changes_nothing() -> None:
+    run = rig("mlp", total_steps=100)
+    for late in (cp.Budget(latency=0.5), cp.Budget(train_time=0.5)):
+        with pytest.raises(ValueError, match="measured when attaching"):
+            run.controller.budget = late
+    assert run.controller.budget == cp.Budget(flops=0.5)
+
+
+def test_latency_is_measured_and_fed_back() -> None:
+    """On the process's own clock, and loosely: other work runs beside the tests."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(128, 256)
+    controller = cp.attach(
+        model,
+        optimizer,
+        budget=cp.Budget(latency=0.5),
+        example_inputs=(x,),
+        total_steps=60,
+        policy=cp.Control(calibrate_every=0),
+        instruments=cp.Instruments(clock=time.process_time),
+    )
+    for _ in range(60):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    assert "latency: measured over modelled" in controller.report()
+    controller.finalize()
+    assert controller.history[-1].realised["latency"] <= 0.52
