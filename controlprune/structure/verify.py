@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from .draws import draws, rounded
 from .exchange import at_widths, select_live, tensors_of
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
 from .groups import Refusal, Slice, Structure, Work
@@ -26,7 +27,7 @@ from .trace import ExampleInputs, call_model, copied, output_tensors, reference_
 __all__ = ["verify", "without"]
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-CHEAP = 10**9  # FLOPs of a forward pass under which two joint masks are tried instead of one
+CHEAP = 10**9  # FLOPs of a forward pass under which five joint masks are tried instead of three
 QUIET = 1e-3  # vectors below it (layer scales) count as constant
 ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
@@ -48,8 +49,7 @@ def verify(
         return replace(structure, verified=False)
     if not structure.groups:
         return structure
-    rounds = 2 if _flops(structure) < CHEAP else 1
-    masks = [_masks(structure, seed + k) for k in range(rounds)]
+    masks = draws(structure, seed, meetings=4 if _flops(structure) < CHEAP else 2)
     values = _disturbed(model, structure, seed)
     check = _Check(model, example_inputs, structure, masks, values, trains)
     refused: dict[int, str] = {}
@@ -60,32 +60,6 @@ def verify(
 
 def _flops(structure: Structure) -> int:
     return sum(work.coefficient * math.prod(size(f) for f in work.factors) for work in structure.work)
-
-
-def _masks(structure: Structure, seed: int) -> list[Tensor]:
-    """A random odd number of units on in every group.
-
-    Equal widths would hide sizes that are tied together, even ones a kernel that insists on multiples.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    masks = []
-    for group in structure.groups:
-        live = int(torch.randint(1, max(group.size, 2), (), generator=generator))
-        mask = torch.zeros(group.size, dtype=torch.bool)
-        mask[torch.randperm(group.size, generator=generator)[: live - 1 + live % 2]] = True
-        masks.append(mask)
-    return masks
-
-
-def _rounded(mask: Tensor, multiple: int) -> Tensor:
-    """The mask with units switched on (or off) until their number is a multiple; never all of them."""
-    live = int(mask.sum())
-    target = min(-(-live // multiple), len(mask) // multiple - 1) * multiple
-    if multiple > 1:
-        mask = mask.clone()
-        mask[(~mask).nonzero().flatten()[: max(target - live, 0)]] = True
-        mask[mask.nonzero().flatten()[target:]] = False
-    return mask
 
 
 def _disturbed(model: nn.Module, structure: Structure, seed: int) -> dict[str, Tensor]:
@@ -171,24 +145,24 @@ class _Check:
 
     def passes(self, numbers: Sequence[int]) -> bool:
         """Masked equals shrunk with the units of these groups off, those of the others on."""
-        for joint in self.masks:
+        for draw, joint in enumerate(self.masks):
             masks = [
-                _rounded(mask, self.multiples.get(n, 1)) if n in numbers else torch.ones_like(mask)
+                rounded(mask, self.multiples.get(n, 1)) if n in numbers else torch.ones_like(mask)
                 for n, mask in enumerate(joint)
             ]
             with untouched(self.model):  # what the masked run leaves behind (caches) must not matter
-                if not self._agree(masks):
+                if not self._agree(masks, trains=self.trains and draw == 0):
                     return False
         return True
 
-    def _agree(self, masks: list[Tensor]) -> bool:
+    def _agree(self, masks: list[Tensor], *, trains: bool) -> bool:
         self.model.eval()
         masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
         try:
             live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
             widths = [int(mask.sum()) for mask in masks]
             shrunk = self._run(live, widths)
-            if self.trains:
+            if trains:
                 self.model.train()
                 self._run(live, widths)
         except Exception as error:

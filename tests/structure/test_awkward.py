@@ -18,7 +18,7 @@ from .models import CASES
 
 WRITTEN = (  # a size, or the width itself, is in the code
     *("heads_by_shape", "dense", "multihead_attention", "auxiliary_written"),
-    *("fixed_filter", "maxout_written", "scaled_by_width"),
+    *("fixed_filter", "maxout_written", "scaled_by_width", "added_where_it_fits", "alone_is_apart"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
 

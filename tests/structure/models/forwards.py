@@ -125,6 +125,35 @@ class ScaledByWidth(nn.Module):
         return self.out(x * x.shape[-1] ** -0.5)
 
 
+class AddedWhereItFits(nn.Module):
+    """A shortcut only where two widths are equal: they are not, until one is shrunk to the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(5, 8), nn.Linear(8, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        y = self.second(x).relu()
+        return self.out(y + x if y.shape == x.shape else y)
+
+
+class AloneIsApart(nn.Module):
+    """The size of a group is written in the code, but not where a single group is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups, self.first, self.out = 2, nn.Linear(5, 16), nn.Linear(12, 2)
+        self.weight = nn.Parameter(torch.randn(2, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if self.groups > 1:
+            x = torch.matmul(x.view(-1, self.groups, 8).transpose(0, 1), self.weight)
+            return self.out(x.transpose(0, 1).flatten(1).tanh())
+        return self.out((x @ self.weight.squeeze(0)).tanh())
+
+
 CASES: Cases = {
     "pre_norm": (PreNorm, VECTOR, [12]),
     "rms_norm": (RootMeanSquare, VECTOR, [12]),
@@ -134,5 +163,7 @@ CASES: Cases = {
     "unknown_operator": (Unknown, VECTOR, [6]),
     "auxiliary_head": (AuxiliaryHead, VECTOR, [8]),
     "auxiliary_written": (AuxiliaryWritten, VECTOR, [6]),
+    "added_where_it_fits": (AddedWhereItFits, VECTOR, [8]),
+    "alone_is_apart": (AloneIsApart, VECTOR, [2, 6]),
     "scaled_by_width": (ScaledByWidth, VECTOR, []),
 }
