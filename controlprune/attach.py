@@ -5,7 +5,7 @@ Nothing of the model or the optimizer is changed before everything has been chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +15,14 @@ from torch.optim import Optimizer
 
 from .budget import Budget, Price
 from .controller import Controller, require_unattached
-from .cost.polynomial import Polynomial
+from .distributed import unwrapped
 from .gauge import Gauge
 from .instruments import Instruments
 from .meters import choose_meter
 from .policies.base import Policy, Setting
 from .policies.control import Control
 from .replay import batch_size
-from .resources import Bench, costs, exact_costs
+from .resources import Bench, Survey, exact_costs, measured_costs
 from .rounding import group_multiples
 from .setting import make_setting
 from .structure import analyse, require_groups
@@ -48,15 +48,17 @@ def attach(
 ) -> Controller:
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
-    `example_inputs`: a tuple (positional) or a dict (keyword) that `model` accepts; FLOPs and memory are
-    counted on it (for absolute run totals give it the batch of a training step). `deploy_inputs`: what
-    latency and energy are measured on, None: the same. `round_to`: width multiple; None: what the device was
-    measured to run well (rounding.py). `park_on`: the device on which weights and optimizer state of absent
-    units wait; "cpu" spares an accelerator's memory, None: where they are. Nothing of the model or the
-    optimizer is changed before the first decision. Errors: TypeError and ValueError name the argument;
-    InfeasibleBudget carries the range that can be reached.
+    `model` may stand in DistributedDataParallel, or be wrapped later. `example_inputs`: a tuple (positional)
+    or a dict (keyword) that it accepts; FLOPs and memory are counted on it (for absolute run totals give it
+    the batch of a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
+    `round_to`: width multiple; None: what the device was measured to run well (rounding.py). `park_on`: the
+    device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
+    None: where they are. Nothing of the model or the optimizer is changed before the first decision.
+    Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range that can be
+    reached.
     """
     policy = Control() if policy is None else policy
+    given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
     _check_arguments(model, optimizer, budget, total_steps, policy)
     instruments = _metered(instruments or Instruments(), budget, model)
     parking = _parking(park_on)
@@ -71,23 +73,25 @@ def attach(
         example_inputs if deploy_inputs is None else deploy_inputs,
         instruments,
     )
+    survey = Survey(measured_costs(_named(budget), structure, bench), multiples)
 
-    known = costs(_named(budget), structure, bench)
-
-    def settle(budget: Budget | Price) -> Setting:
+    def settle(budget: Budget | Price, survey: Survey) -> Setting:
         return make_setting(
             structure,
             budget,
-            known | exact_costs(_named(budget), structure),
+            {**survey.costs, **exact_costs(_named(budget), structure)},
             total_steps=total_steps,
             round_to=round_to,
             batch=batch_size(example_inputs),
             seed=seed,
-            multiples=multiples,
+            multiples=survey.multiples,
         )
 
-    gauge = _gauge(budget, known, bench, structure.sizes)
-    return Controller(model, optimizer, budget, settle, policy, instruments, gauge, parking)
+    gauge = _gauge(budget, survey, bench, structure.sizes)
+    controller = Controller(model, optimizer, budget, survey, settle, policy, instruments, gauge, parking)
+    if given is not model:
+        controller.replicate(given)
+    return controller
 
 
 def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module) -> Instruments:
@@ -98,16 +102,14 @@ def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module)
     return replace(instruments, energy=choose_meter(device, instruments.energy))
 
 
-def _gauge(
-    budget: Budget | Price, costs: Mapping[str, Polynomial], bench: Bench, sizes: tuple[int, ...]
-) -> Gauge | None:
+def _gauge(budget: Budget | Price, survey: Survey, bench: Bench, sizes: tuple[int, ...]) -> Gauge | None:
     """Where something is measured of the forward pass itself."""
     names = [name for name in _named(budget) if name in ("latency", "energy")]
     if not names:
         return None
     targets = budget.targets() if isinstance(budget, Budget) else {}
     relative = {name: name not in targets or targets[name].relative for name in names}
-    seconds = costs["latency"].value(sizes)
+    seconds = survey.costs["latency"].value(sizes)
     return Gauge(bench.model, bench.deploy_inputs, relative, seconds, bench.instruments)
 
 

@@ -8,6 +8,7 @@ since the columns are contracted with that output. A dormant unit's columns are 
 but its rows still compute, so their gradient arrives: it is multiplied with the parked column, added to a
 record and cleared. Between arrival and reading the user may rescale gradients (unscaling, clipping by
 norm, zero_grad); the record follows by the ratio of ‖p.grad‖ now to ‖p.grad‖ after the last arrival.
+Where gradients are averaged over replicas, an arrival counts once they are: `Later` puts it off till then.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = ["Gather", "Watch", "gather", "inner", "per_unit", "select_others"]
 
 
 PerPosition: TypeAlias = Callable[[Spot, int], Tensor | None]
+Later: TypeAlias = Callable[[Callable[[], None]], None]
 
 
 class Watch:
@@ -36,9 +38,10 @@ class Watch:
     in `parameter.grad` and at their scale once `settle` has run.
     """
 
-    def __init__(self, spot: Spot, parameter: Tensor) -> None:
+    def __init__(self, spot: Spot, parameter: Tensor, later: Later | None = None) -> None:
         assert spot.home is not None
         self.parameter, self.home = parameter, spot.home
+        self.later, self.pending = later, False
         self.silent = at(spot.cuts, "silent")
         self.record = {d: _zeros(len(index), parameter) for d, index in self.silent.items()}
         self.norm = _zeros((), parameter)
@@ -48,12 +51,15 @@ class Watch:
         ]
 
     def read(self, dim: int) -> Tensor:
+        self.complete()
         self.settle()
         return self.record[dim]
 
     @torch.no_grad()
     def settle(self) -> None:
         """Bring the record to the scale `parameter.grad` has now."""
+        if self.pending:
+            return
         if self.parameter.grad is None:
             self.record = {d: torch.zeros_like(record) for d, record in self.record.items()}
             return
@@ -62,10 +68,21 @@ class Watch:
         self.record = {d: torch.where(now > 0, record * ratio, 0.0) for d, record in self.record.items()}
         self.norm = now
 
-    @torch.no_grad()
     def arrive(self, parameter: Tensor) -> None:
-        """Add what a backward pass has just brought for dormant columns, and clear it."""
-        assert parameter.grad is not None
+        """A backward pass has brought a gradient."""
+        self.pending = True
+        if self.later is None:
+            self.complete()
+        else:
+            self.later(self.complete)
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Add what has arrived for dormant columns to the record, and clear it."""
+        parameter = self.parameter
+        if not self.pending or parameter.grad is None:
+            return
+        self.pending = False
         for d, index in self.silent.items():
             others = {k: silent for k, silent in self.silent.items() if k != d}
             column = fill_zero_(self.home.index_select(d, index), others)

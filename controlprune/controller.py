@@ -4,7 +4,8 @@
     controller.step(L) -> observer, gate controller, planner, solver, regulator -> masks -> plant
 
 Every block lives in its own file; here they only meet. A step that the optimizer skipped (AMP), or whose
-loss or gradients are not finite, is not observed, and counted.
+loss or gradients are not finite, is not observed, and counted. Among replicas (distributed.py) the steps
+between two updates are read together at the update, so that every rank decides alike.
 """
 
 from __future__ import annotations
@@ -16,34 +17,34 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .accounts import Accounts
-from .budget import TOTALS, UNITS, Budget, Price, Target
+from .budget import UNITS, Budget, Price
 from .checkpoint import Checkpoints
-from .cost.flops import flops
+from .distributed import Replicas, digest, unwrapped
 from .experiments import ablations, absent_gradients
 from .gauge import Gauge
 from .history import History, Record
 from .instruments import Instruments
 from .intake import Intake
-from .layouts import Layouts
+from .layouts import Layouts, progress, widths_of
 from .links import Link
 from .masking import Plant, checked
+from .metering import Metering
 from .policies.base import Decision, Policy, Setting
-from .policies.pace import recompile_pays
 from .replay import Batch, Recorder, batch_size
+from .resources import Survey
+from .resume import FORMAT, budget_of, plain_budget, require_state
 from .structure.groups import Group
 
 __all__ = ["Controller", "Cost", "require_unattached"]
 
 log = logging.getLogger("controlprune")
-FORMAT = 2  # of Controller.state_dict
 CORRECTIONS = 4  # of a measured resource that finalize finds above its limit
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Controller]] = weakref.WeakKeyDictionary()
@@ -81,14 +82,15 @@ class Controller:
         model: nn.Module,
         optimizer: Optimizer,
         budget: Budget | Price,
-        settle: Callable[[Budget | Price], Setting],
+        survey: Survey,
+        settle: Callable[[Budget | Price, Survey], Setting],
         policy: Policy,
         instruments: Instruments,
         gauge: Gauge | None = None,
         park_on: torch.device | None = None,
     ) -> None:
-        self._budget, self._settle, self._policy = budget, settle, policy
-        setting = self._setting = settle(budget)
+        self._budget, self._survey, self._settle, self._policy = budget, survey, settle, policy
+        setting = self._setting = settle(budget, survey)
         self._plant = Plant(model, optimizer, setting.structure, park_on=park_on)
         self._loop = policy.begin(setting)
         self._recorder = Recorder(model)
@@ -97,22 +99,22 @@ class Controller:
         self._followers: list[Plant] = []
         self._layouts = Layouts({setting.structure.sizes: 0.0})
         structure = setting.structure
-        self._work = flops(structure)
-        self._instruments, self._gauge = instruments, gauge
-        self._accounts = self._open_accounts()
+        self._replicas = Replicas()
+        self._metering = Metering(setting, budget, instruments, gauge, self._replicas.mean_known)
         self.history = _new_history(setting)
         self.steps = 0
         self._intake = Intake(self._plant)
-        self._loss = math.nan
+        self._postponed = False  # an update that was due while a replica had no data
+        self._loss = self._own_loss = math.nan
         self._overhead = 0.0
         self._began = time.process_time()
         self._event = ""
-        self._use = 1.0  # of a step in this layout, fraction of the dense FLOPs
         self._live = True
         _attached[model] = weakref.ref(self)
         if structure.refused:
             log.info("%d index spaces are left alone; see controller.report()", len(structure.refused))
         self._begin()
+        self._replicas.watch_for_ddp(model, self.replicate)
         self._arm()
 
     def _begin(self) -> None:
@@ -146,11 +148,11 @@ class Controller:
     def cost(self) -> dict[str, Cost]:
         """Realised use of the budgeted resources, counted on the active units."""
         setting = self._setting
-        use = self._loop.realised(self._widths_of(self._plant.masks, True))
+        use = self._loop.realised(widths_of(self._plant.masks))
         now = {
             k: (use[k] * setting.dense[k], setting.dense[k]) for k in setting.costs if k not in setting.totals
         }
-        spent, whole = self._accounts.used(), self._accounts.dense()
+        spent, whole = self._metering.accounts.used(), self._metering.accounts.dense()
         now |= {name: (spent[name], whole[name]) for name in spent}
         return {
             name: Cost(value, dense, UNITS[name], value / setting.batch if name == "flops" else None)
@@ -169,9 +171,9 @@ class Controller:
             raise TypeError(
                 f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
             )
-        setting = self._settle(budget)
+        setting = self._settle(budget, self._survey)
+        self._metering.retarget(budget)
         self._budget, self._setting = budget, setting
-        self._accounts.retarget(_run_targets(budget))
         self._loop.retarget(setting)
         self._event = "budget"
 
@@ -188,6 +190,7 @@ class Controller:
         lines += [f"  {line}" for line in self._loop.describe()]
         lines.append(f"  {self._layouts}")
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {self._overhead:.2f} s CPU")
+        lines += self._replicas.describe()
         return "\n".join(lines)
 
     @property
@@ -206,7 +209,8 @@ class Controller:
         """Before the optimizer runs: are there gradients, and what do the gates see?"""
         started = time.process_time()
         self._checkpoints.require_admitted()
-        self._intake.before_step(optimizer, read=self._loop.wants_gradients(self.steps + 1))
+        read = self._loop.wants_gradients(self.steps + 1) or self._recorder.batch is not None
+        self._intake.before_step(optimizer, read=read)
         self._overhead += time.process_time() - started
 
     def step(self, loss: Tensor | float) -> None:
@@ -215,31 +219,44 @@ class Controller:
         started = time.process_time()
         on_host = self._intake.after_step(loss)
         self.steps += 1
-        self._accounts.step(self._use)
+        self._metering.step()
         if self.steps == self._setting.total_steps + 1:
             warnings.warn(
                 f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the masks "
                 "hold from here on",
                 stacklevel=2,
             )
-        due = self._loop.wants_decision(self.steps) and self.steps <= self._setting.total_steps
-        row = self._read() if due or on_host else None
-        if due:
-            self._update(row)
+        self._replicas.watch_for_ddp(self.model, self.replicate)
+        if self._due:
+            self._update()
+        elif on_host and self._replicas.alone:
+            self._read()
         self._arm()
         self._overhead += time.process_time() - started
 
-    def _read(self) -> Tensor | None:
-        """Hand the steps since the last reading to the loop; the last one's row if it was good."""
+    @property
+    def _due(self) -> bool:
+        wanted = self._postponed or self._loop.wants_decision(self.steps)
+        return wanted and self.steps <= self._setting.total_steps
+
+    def _read(self, batch: Batch | None = None) -> tuple[Tensor | None, int]:
+        """Hand the steps since the last reading to the loop.
+
+        The last one's row if it was good, and how many examples all replicas' batches hold (0: one has none).
+        """
+        own, ran, rows = self._intake.unread()
+        examples = 0 if batch is None else batch_size((batch.args, batch.kwargs))
+        seen = torch.tensor([examples, float(examples > 0)])
+        losses, ran, seen = self._replicas.mean([own, ran, seen], self._fingerprint)
         row = None
-        for step in self._intake.read():
+        for step in self._intake.accept(own, losses, ran, rows):
             if math.isfinite(step.loss):
-                self._loss = step.loss
+                self._loss, self._own_loss = step.loss, step.own
                 self._loop.watch(self.steps, step.loss)
             if step.good and step.row is not None:
                 self._loop.observe(step.row, torch.full_like(step.row, math.nan))
             row = step.row if step.good else None
-        return row
+        return row, round(float(seen[0]) * self._replicas.present) if float(seen[1]) == 1.0 else 0
 
     @property
     def skipped(self) -> int:
@@ -254,21 +271,35 @@ class Controller:
             self._layouts.looked = True
             self._recorder.arm()
 
-    def _update(self, row: Tensor | None) -> None:
+    def _update(self) -> None:
         if self._recorder.armed:
             self._layouts.compiled = True
             self._recorder.disarm()
         batch = self._recorder.take()
-        if self._intake.bad_in_a_row:
+        if batch is not None and not any(g is not None for g in batch.gradients):
+            batch = None
+        row, examples = self._read(batch)
+        if not self._replicas.agree:
+            self._repair()
+            examples = 0
+        self._postponed = self._replicas.present < self._replicas.size
+        if self._postponed or self._intake.bad_in_a_row:
             return
         plant = self._plant
         self._settle_accounts()
         self._weigh()
-        if batch is not None:
+        if batch is not None and examples:
+            self._loop.see_batch(examples)
             self._calibrate(batch, row)
         before, was_compact = plant.masks, plant.compact
         decision = self._loop.decide(self.steps, plant.masks, plant.compact)
-        layout = self._layout_of(decision)
+        layout = self._layouts.choose(
+            self._setting,
+            decision.masks,
+            compact=decision.compact,
+            held=self._held,
+            left=self._setting.total_steps - self.steps,
+        )
         if layout is not None:
             self._relayout(decision.masks, layout)
         self._write(decision, before, was_compact)
@@ -278,46 +309,18 @@ class Controller:
         weights = torch.cat(self._plant.weight_norms()).cpu()
         self._loop.observe(torch.full_like(weights, math.nan), weights)
 
-    def _layout_of(self, decision: Decision) -> bool | None:
-        """Compact or not, as decided; where a compiled model may not take those shapes (layouts.py), masked,
-        which changes none, if it is so now, else None: hold."""
-        setting, compact = self._setting, self._plant.compact
-        resource = next(iter(setting.costs))
-        now, then = (
-            self._widths_of(self._plant.masks, compact),
-            self._widths_of(decision.masks, decision.compact),
-        )
-        held, wanted = setting.fraction(resource, now), setting.fraction(resource, then)
-        pays = recompile_pays(setting, held, wanted, setting.total_steps - self.steps)
-        if self._layouts.admits(then, self._progress(decision.masks), pays):
-            return decision.compact
-        return None if compact else False
-
-    def _widths_of(self, masks: Sequence[Tensor], compact: bool) -> tuple[int, ...]:
-        return tuple(int(m.sum()) for m in masks) if compact else self._setting.structure.sizes
-
-    def _progress(self, masks: Sequence[Tensor]) -> float:
-        """How far from dense (0) to the budget (1), by the resource that is furthest behind."""
-        widths = self._widths_of(masks, True)
-        target = {k: r for k, r in self._setting.budget.items() if r < 1.0}
-        return min(
-            ((1.0 - self._setting.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0
-        )
-
     def _calibrate(self, batch: Batch, row: Tensor | None) -> None:
         """Paired ablations and probes on the recorded batch, as far as the loop asks for them."""
-        plant = self._plant
-        if not any(g is not None for g in batch.gradients):
-            return
-        self._loop.see_batch(batch_size((batch.args, batch.kwargs)))
+        plant, total = self._plant, self._replicas.total
         trials = self._loop.trials(self.steps, plant.masks, plant.compact)
         if trials:
-            self._loop.learn(self.steps, plant.masks, ablations(plant, batch, self._loss, trials))
-            self._accounts.beside((1 + len(trials)) * self._use)
+            outcomes = ablations(plant, batch, self._own_loss, trials, row, total)
+            self._loop.learn(self.steps, plant.masks, outcomes)
+            self._metering.beside(live=1 + len(trials))
         if self._loop.wants_probe(self.steps, plant.compact):
-            gradients = absent_gradients(plant, batch, row)
+            gradients = absent_gradients(plant, batch, row, total)
             self._loop.observe(gradients, torch.full_like(gradients, math.nan))
-            self._accounts.beside(3.0)
+            self._metering.beside(dense=3.0)
             self._event = ",".join(kind for kind in (self._event, "probe") if kind)
 
     def _relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
@@ -325,54 +328,45 @@ class Controller:
         compact = compact and not all(bool(m.all()) for m in masks)
         same = all(torch.equal(a, b) for a, b in zip(masks, self._plant.masks, strict=True))
         if not same or compact != self._plant.compact:
-            self._read()
+            shapes = self._shapes
             self._checkpoints.set_aside()
             self._plant.apply(masks, compact=compact)
             self._checkpoints.admit()
-            self._layouts.take(self._widths_of(masks, compact), self._progress(masks))
-            self._laid_out()
+            if shapes != self._shapes:
+                self._replicas.reshaped()
+            self._layouts.take(self._held, progress(self._setting, widths_of(masks)))
+            self._measure()
             for follower in self._followers:
                 follower.apply(masks, compact=compact)
 
-    def _laid_out(self) -> None:
-        """The tensors have other shapes than before."""
-        widths = self._held()
-        self._use = self._work.value(widths) / self._setting.flops
-        if self._plant.compact:
-            self._measure(widths)
-        self._accounts.laid_out()
-
+    @property
     def _held(self) -> tuple[int, ...]:
         """Widths of the tensors."""
-        return self._widths_of(self._plant.masks, self._plant.compact)
+        plant = self._plant
+        return widths_of(plant.masks) if plant.compact else plant.structure.sizes
 
-    def _measure(self, widths: tuple[int, ...]) -> None:
-        """What these widths really take, told to the loop."""
-        if self._gauge is None:
-            return
-        for resource, reading in self._gauge.read(self._plant.model).items():
+    @property
+    def _shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self.model.parameters()]
+
+    def _measure(self) -> None:
+        """What the new layout really takes, told to the loop. A masked net runs dense: nothing to see."""
+        model = self._plant.model if self._plant.compact else None
+        for resource, reading in self._metering.laid_out(self._held, model).items():
             if resource in self._setting.measured:
-                self._loop.feel(resource, widths, reading.fraction, reading.spread)
-            self._accounts.beside(reading.rounds * (1.0 + self._use))
+                self._loop.feel(resource, self._held, reading.fraction, reading.spread)
 
     def _settle_accounts(self) -> None:
         """What the run totals stand at, told to the loop."""
-        widths = self._held()
-        modelled = {name: self._setting.fraction(name, widths) for name in self._setting.totals}
-        for account in self._accounts.read(modelled):
+        for account in self._metering.read(self._setting, self._held):
             if account.resource in self._setting.measured:
-                self._loop.feel(account.resource, widths, account.step, account.spread)
-            self._loop.account(account.resource, widths, account.spent, account.limit)
-
-    def _open_accounts(self) -> Accounts:
-        targets = _run_targets(self._budget)
-        return Accounts(targets, self._setting.total_steps, 3.0 * self._setting.flops, self._instruments)
+                self._loop.feel(account.resource, self._held, account.step, account.spread)
+            self._loop.account(account.resource, self._held, account.spent, account.limit)
 
     def _write(self, decision: Decision, before: tuple[Tensor, ...], was_compact: bool) -> None:
         plant = self._plant
-        active = tuple(int(m.sum()) for m in plant.masks)
-        held = active if plant.compact else plant.structure.sizes
-        previous = tuple(int(m.sum()) for m in before) if was_compact else plant.structure.sizes
+        active, held = widths_of(plant.masks), self._held
+        previous = widths_of(before) if was_compact else plant.structure.sizes
         narrower, wider = sum(held) < sum(previous), sum(held) > sum(previous)
         kinds = [self._event, decision.event, "shrink" if narrower else "expand" if wider else ""]
         self.history.append(
@@ -392,6 +386,79 @@ class Controller:
             )
         )
         self._event = ""
+
+    # --- replicas -------------------------------------------------------------------------------
+
+    def replicate(self, ddp: nn.Module) -> None:
+        """`ddp` is DistributedDataParallel around the model: its ranks decide together from here on.
+
+        Called by `attach` when it is given the wrapper, and by itself at the wrapper's first forward.
+        """
+        inner, wrapper = unwrapped(ddp)
+        if wrapper is None:
+            raise TypeError(f"ddp={type(ddp).__name__}: give the DistributedDataParallel around the model")
+        if not any(module is self.model for module in inner.modules()):
+            raise ValueError("ddp: it wraps another model than the one that is attached")
+        self._replicas.meet(wrapper, self)
+        self._plant.read_later(self._replicas.when_reduced)
+        self._replicas.mean([], self._fingerprint)
+        if self._replicas.agree:
+            self._replicas.reshaped()
+        else:  # seeds that differ, say
+            self._take_over(0)
+
+    def sync(self) -> None:
+        """Read the steps since the last update now, on every rank: call it before only one rank saves."""
+        self._require_live("sync")
+        self._read()
+
+    def step_absent(self) -> None:
+        """The other ranks made a step, this one has run out of data (`join`)."""
+        self.steps += 1
+        self._metering.step()
+        self._replicas.behind += 1
+        self._recorder.disarm()
+        self._intake.without_data()
+        if self._due:
+            parts = [torch.zeros_like(part) for part in self._intake.unread()[:2]]
+            self._replicas.mean([*parts, torch.zeros(2)], self._fingerprint, present=False)
+            self._intake.load_state_dict([])
+            self._postponed = True
+
+    def rejoin(self, source: int) -> None:
+        """The end of `join`: if a rank ran out of data before the others, all go on from rank `source`."""
+        if float(self._replicas.total(torch.tensor([float(self._replicas.behind)]))) > 0:
+            self._take_over(source)
+        self._replicas.behind = 0
+
+    def _repair(self) -> None:
+        self._replicas.repairs += 1
+        warnings.warn(
+            f"controlprune: at step {self.steps} the replicas did not agree on masks or statistics; all "
+            "of them go on from rank 0's model, optimizer and controller",
+            stacklevel=4,
+        )
+        self._take_over(0)
+        self._event = "repair"
+
+    def _take_over(self, source: int) -> None:
+        """Model, optimizer and controller as they are on rank `source`."""
+        parts = [part for part in (self, self.model, self._plant.optimizer) if part is not None]
+        mine = self._replicas.rank == source
+        states = self._replicas.broadcast([p.state_dict() for p in parts] if mine else None, source)
+        if not mine:
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        self._replicas.reshaped()
+
+    @property
+    def _fingerprint(self) -> list[int]:
+        """Of all that decides: it is the same on every rank."""
+        if self._replicas.alone:
+            return []
+        plant = self._plant
+        found = [list(plant.masks), plant.compact, self._loop.state_dict()]
+        return digest([self.steps, self._survey.mark, *found])
 
     # --- by hand --------------------------------------------------------------------------------
 
@@ -440,7 +507,7 @@ class Controller:
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")
         self._relayout(decision.masks, True)
-        for _ in range(CORRECTIONS if self._gauge is not None else 0):
+        for _ in range(CORRECTIONS if self._metering.gauge is not None else 0):
             again = self._loop.last(self._plant.masks)  # what was measured just now counts
             if all(torch.equal(a, b) for a, b in zip(again.masks, decision.masks, strict=True)):
                 break
@@ -458,6 +525,7 @@ class Controller:
         self._require_live("detach")
         for plant in (self._plant, *self._followers):
             plant.release()
+        self._replicas.reshaped()
         self._close()
         return self._plant.model
 
@@ -465,6 +533,7 @@ class Controller:
         self._live = False
         self._hook.remove()
         self._recorder.disarm()
+        self._replicas.close()
         self._checkpoints.remove()
         _attached.pop(self._plant.model, None)
 
@@ -477,7 +546,8 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Everything the loop needs to go on as if it had not stopped: plain containers, a copy."""
         self._require_live("state_dict")
-        self._read()
+        if self._replicas.alone:
+            self._read()
         structure = self._setting.structure
         state = {
             "format": FORMAT,
@@ -486,9 +556,11 @@ class Controller:
             "plant": self._plant.state_dict(),
             "loop": self._loop.state_dict(),
             "history": self.history.state_dict(),
-            "budget": _given(self._budget),
-            "accounts": self._accounts.state_dict(),
+            "budget": plain_budget(self._budget),
+            "survey": self._survey.state_dict(),
+            "accounts": self._metering.accounts.state_dict(),
             "counts": [self.steps, self._intake.skipped, self._intake.bad_in_a_row],
+            "unread": self._intake.state_dict(),
             "loss": self._loss,
             "layouts": self._layouts.state_dict(),
             "seconds": [time.process_time() - self._began, self._overhead],
@@ -498,22 +570,22 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
         self._require_live("load_state_dict")
-        self._check_state(state)
+        require_state(state, self._setting.structure, type(self._policy).__name__)
         try:
             state = copy.deepcopy(dict(state))
-            budget = _asked(state["budget"])
-            setting = self._settle(budget)
+            budget, survey = budget_of(state["budget"]), Survey.of(state["survey"])
+            setting = self._settle(budget, survey)
             loop = self._policy.begin(setting)
             loop.load_state_dict(state["loop"])
             _new_history(self._setting).load_state_dict(state["history"])
-            accounts = self._open_accounts()
-            accounts.retarget(_run_targets(budget))
-            accounts.load_state_dict(state["accounts"])
-            counts = tuple(int(n) for n in state["counts"])
-            times = tuple(float(x) for x in state["seconds"])
-            layouts = Layouts.of(state["layouts"])
-            loss, (steps, skipped, bad), (seconds, overhead) = float(state["loss"]), counts, times
-            self._read()
+            accounts = self._metering.restored(budget, state["accounts"])
+            steps, skipped, bad = (int(n) for n in state["counts"])
+            seconds, overhead = (float(x) for x in state["seconds"])
+            layouts, loss = Layouts.of(state["layouts"]), float(state["loss"])
+            intake = Intake(self._plant)
+            intake.load_state_dict(state["unread"])
+            intake.skipped, intake.bad_in_a_row = skipped, bad
+            shapes = self._shapes
             self._checkpoints.set_aside()
             self._plant.load_state_dict(state["plant"])
         except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -523,57 +595,20 @@ class Controller:
                 "was changed, load one that this package wrote for this model"
             ) from error
         self._checkpoints.admit()
+        if shapes != self._shapes:
+            self._replicas.reshaped()
         for follower in self._followers:
             follower.apply(self._plant.masks, compact=self._plant.compact)
-        self._loop, self._budget, self._setting = loop, budget, setting
-        self._accounts, self._layouts = accounts, layouts
-        self._use = self._work.value(self._held()) / setting.flops
+        self._loop, self._intake, self._layouts = loop, intake, layouts
+        self._budget, self._survey, self._setting = budget, survey, setting
+        self._metering.take(accounts, survey, self._held)
         self.history.load_state_dict(state["history"])
         self.steps, self._loss = steps, loss
-        self._intake.skipped, self._intake.bad_in_a_row = skipped, bad
         self._overhead, self._began = overhead, time.process_time() - seconds
         self._recorder.disarm()
         self._arm()
-
-    def _check_state(self, state: object) -> None:
-        structure = self._setting.structure
-        if not isinstance(state, Mapping) or "format" not in state or "groups" not in state:
-            raise ValueError("state_dict: this is not a controller's state_dict")
-        if not isinstance(state["format"], int) or state["format"] > FORMAT:
-            raise ValueError(
-                f"state_dict: format {state['format']} was written by a newer controlprune; this one reads "
-                f"{FORMAT}: update the package"
-            )
-        if state["groups"] != dict(zip(structure.names, structure.sizes, strict=True)):
-            raise ValueError("state_dict: its groups are not this model's; it belongs to another model")
-        parts = ("plant", "loop", "history", "accounts", "layouts")
-        needed = ("policy", *parts, "budget", "counts", "loss", "seconds")
-        missing = [key for key in needed if key not in state]
-        if missing:
-            raise ValueError(f"state_dict: it is incomplete, {', '.join(missing)} missing")
-        if state["policy"] != type(self._policy).__name__:
-            raise ValueError(
-                f"state_dict: it was saved under the policy {state['policy']}, this controller's is "
-                f"{type(self._policy).__name__}; attach with the same one"
-            )
 
 
 def _new_history(setting: Setting) -> History:
     structure = setting.structure
     return History(structure.names, structure.sizes, setting.budget, setting.total_steps)
-
-
-def _run_targets(budget: Budget | Price) -> dict[str, Target]:
-    targets = budget.targets() if isinstance(budget, Budget) else {}
-    return {name: target for name, target in targets.items() if name in TOTALS}
-
-
-def _given(budget: Budget | Price) -> dict[str, Any]:
-    """A budget as plain values."""
-    values = {field.name: getattr(budget, field.name) for field in fields(budget)}
-    return {"kind": type(budget).__name__} | {k: v for k, v in values.items() if v is not None}
-
-
-def _asked(given: Mapping[str, Any]) -> Budget | Price:
-    values = {k: v for k, v in given.items() if k != "kind"}
-    return {"Budget": Budget, "Price": Price}[given["kind"]](**values)

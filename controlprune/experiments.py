@@ -5,12 +5,15 @@
 - **Probes**: gate gradients of units that are physically absent (probe.py), at the scale at which the
   optimizer saw the others: what the user did to the gradients since the loss (unscaling, clipping) is
   the least-squares ratio of the two over the units that are there, ⟨seen, probed⟩ / ⟨probed, probed⟩.
+  A loss known by its gradient alone (replay.py, the local metric) is brought to scale likewise.
+
+Replicas carry out the same experiments, each on its own batch; `total` adds up over them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,16 +23,23 @@ from .gates import Experiment
 from .masking import Plant
 from .policies.base import Trial
 from .probe import probe
-from .replay import Batch, identify, paired_difference
+from .replay import LOCAL, Batch, identify, paired_difference
 
 __all__ = ["ablations", "absent_gradients"]
 
+Total = Callable[[Tensor], Tensor]
 
-def ablations(plant: Plant, batch: Batch, loss: float, trials: Sequence[Trial]) -> list[Experiment]:
-    """Carry the trials out; those whose loss is not finite are left out."""
-    _, rows = identify(batch, loss)
+
+def ablations(
+    plant: Plant, batch: Batch, loss: float, trials: Sequence[Trial], seen: Tensor | None, total: Total
+) -> list[Experiment]:
+    """Carry the trials out; those whose loss is not finite are left out. `loss`: of this very batch."""
+    name, rows = identify(batch, loss)
+    if seen is not None and float(total(torch.tensor([float(name == LOCAL)]))) > 0:  # on any of the replicas
+        probed = _mean(probe(plant, batch).cpu(), total)
+        _, rows = identify(batch, loss, _scale(seen, probed, plant.masks))
     changes = [switched(plant, t.group, t.units, off=t.off) for t in trials]
-    found = paired_difference(plant.model, batch, rows, changes)
+    found = paired_difference(plant.model, batch, rows, changes, total)
     offsets = [sum(plant.structure.sizes[:g]) for g in range(len(plant.masks))]
     return [
         Experiment(t.units + offsets[t.group], t.off, change, error)
@@ -38,13 +48,25 @@ def ablations(plant: Plant, batch: Batch, loss: float, trials: Sequence[Trial]) 
     ]
 
 
-def absent_gradients(plant: Plant, batch: Batch, seen: Tensor | None) -> Tensor:
-    """Gate gradients over all units, NaN for those that are live; `seen`: the last row observed."""
+def absent_gradients(plant: Plant, batch: Batch, seen: Tensor | None, total: Total) -> Tensor:
+    """Gate gradients over all units, NaN for those that are live; `seen`: the row of this step."""
     live = torch.cat(plant.masks)
-    gradients = probe(plant, batch).cpu()
+    gradients = _mean(probe(plant, batch).cpu(), total)
     if seen is not None:
         gradients = gradients * _ratio(seen[live], gradients[live])
     return gradients.masked_fill(live, math.nan)
+
+
+def _mean(values: Tensor, total: Total) -> Tensor:
+    """Over replicas, in the dtype of `values`."""
+    summed = total(torch.cat([values, torch.ones(1)]))
+    return (summed[:-1] / summed[-1]).to(values.dtype)
+
+
+def _scale(seen: Tensor, probed: Tensor, masks: Sequence[Tensor]) -> float:
+    """What a GradScaler's unscaling was: a power of two, so dropout's noise in the ratio does not matter."""
+    live = torch.cat(tuple(masks))
+    return 2.0 ** round(math.log2(_ratio(seen[live], probed[live])))
 
 
 def _ratio(seen: Tensor, probed: Tensor) -> float:

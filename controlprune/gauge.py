@@ -55,7 +55,7 @@ class Gauge:
         instruments: Instruments,
     ) -> None:
         self.resources = tuple(relative)
-        self._relative, self._seconds = dict(relative), seconds
+        self._relative, self.seconds = dict(relative), seconds
         self._inputs = copied(inputs)
         self._clock = device_clock(next(model.parameters()).device, instruments.clock)
         self._yardstick = _copy_of(model) if any(relative.values()) else None
@@ -65,14 +65,14 @@ class Gauge:
         live, dense = self._time(model)
         found = {}
         for name in self.resources:
-            whole = dense.median if self._relative[name] and dense is not None else self._seconds
+            whole = dense.median if self._relative[name] and dense is not None else self.seconds
             noise = math.hypot(live.spread, dense.spread if dense is not None else 0.0)
             spread = noise / math.sqrt(live.rounds)
             found[name] = Reading(live.median / whole, spread, live.rounds)
         return found
 
     def _time(self, model: nn.Module) -> tuple[Timing, Timing | None]:
-        seconds = min(max(FORWARDS * self._seconds, SHORT), LONG)
+        seconds = min(max(FORWARDS * self.seconds, SHORT), LONG)
         yardstick = self._yardstick
         with untouched(model), torch.no_grad():
             model.eval()

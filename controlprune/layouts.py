@@ -16,11 +16,16 @@ A compiled forward goes past the hooks that are set after it was compiled: that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["COMPILED", "Layouts"]
+from torch import Tensor
+
+from .policies.base import Setting
+from .policies.pace import recompile_pays
+
+__all__ = ["COMPILED", "Layouts", "progress", "widths_of"]
 
 COMPILED = 4
 
@@ -43,6 +48,23 @@ class Layouts:
         stride = 1.0 / (COMPILED - 2)
         return progress >= 1.0 - 1e-9 or progress - max(self.seen.values(), default=0.0) >= stride - 1e-9
 
+    def choose(
+        self, setting: Setting, masks: Sequence[Tensor], *, compact: bool, held: Widths, left: int
+    ) -> bool | None:
+        """Compact or not, where `compact` is wanted and tensors of widths `held` have `left` steps to go.
+
+        Where a compiled model may not take those shapes: masked, which changes none, if it is so now, else
+        None: hold.
+        """
+        resource = next(iter(setting.costs))
+        then = widths_of(masks) if compact else setting.structure.sizes
+        pays = recompile_pays(
+            setting, setting.fraction(resource, held), setting.fraction(resource, then), left
+        )
+        if self.admits(then, progress(setting, widths_of(masks)), pays):
+            return compact
+        return False if held == setting.structure.sizes else None
+
     def take(self, widths: Widths, progress: float) -> None:
         self.seen.setdefault(widths, progress)
 
@@ -58,3 +80,14 @@ class Layouts:
     def of(state: Mapping[str, Any]) -> Layouts:
         seen = {tuple(map(int, widths)): float(progress) for widths, progress in state["seen"]}
         return Layouts(seen, bool(state["looked"]), bool(state["compiled"]))
+
+
+def widths_of(masks: Sequence[Tensor]) -> Widths:
+    """Live units per group."""
+    return tuple(int(mask.sum()) for mask in masks)
+
+
+def progress(setting: Setting, widths: Widths) -> float:
+    """How far from dense (0) to the budget (1), by the resource that is furthest behind."""
+    target = {k: r for k, r in setting.budget.items() if r < 1.0}
+    return min(((1.0 - setting.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0)

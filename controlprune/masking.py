@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .columns import Gather, Watch, gather, inner, per_unit, select_others
+from .columns import Gather, Later, Watch, gather, inner, per_unit, select_others
 from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
 from .shrink import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
@@ -71,6 +71,7 @@ class Plant:
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, Tensor] = {}
         self._gather: Gather | None = None
+        self._later: Later | None = None
         self._check()
 
     def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
@@ -117,6 +118,12 @@ class Plant:
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer under all its names, as they are now."""
         return _tensors(self.model)
+
+    def read_later(self, later: Later) -> None:
+        """Gradients are averaged over replicas: `later` calls back when they are, in every backward pass."""
+        self._later = later
+        self._unhook()
+        self._hook(_tensors(self.model))
 
     def release(self) -> None:
         """Back to dense with all learned weights; no hook is left, nothing is parked."""
@@ -276,7 +283,7 @@ class Plant:
         for spot in resting:
             parameter = tensors[spot.name]
             if parameter.requires_grad and at(spot.cuts, "silent"):
-                self._watches[spot.name] = Watch(spot, parameter)
+                self._watches[spot.name] = Watch(spot, parameter, self._later)
         if self.optimizer is not None:
             places = [(tensors[s.name], resting_rows(s), at(s.cuts, "silent")) for s in resting]
 

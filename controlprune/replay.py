@@ -19,6 +19,7 @@ afterwards, and both sides of a pair see the same random numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,10 +32,21 @@ from torch.utils._pytree import tree_leaves
 
 from .links import Link
 
-__all__ = ["Batch", "Recorder", "batch_size", "float_leaves", "identify", "paired_difference", "undisturbed"]
+__all__ = [
+    "LOCAL",
+    "Batch",
+    "Recorder",
+    "batch_size",
+    "float_leaves",
+    "identify",
+    "paired_difference",
+    "undisturbed",
+]
 
 Rows = Callable[[list[Tensor]], Tensor]
+Total = Callable[[Tensor], Tensor]
 TOLERANCE = 1e-3
+LOCAL = "local metric"
 
 
 @dataclass
@@ -119,18 +131,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def paired_difference(
-    model: nn.Module, batch: Batch, rows: Rows, changes: list[Any]
+    model: nn.Module, batch: Batch, rows: Rows, changes: list[Any], total: Total = lambda sums: sums
 ) -> list[tuple[float, float]]:
-    """(mean, standard error) of L(changed) − L(as is) for each context manager in `changes`."""
-    found: list[tuple[float, float]] = []
+    """(mean, standard error) of L(changed) − L(as is) for each context manager in `changes`.
+
+    `total` adds up over replicas, each with its part of the batch and the mean loss over that part.
+    """
+    sums: list[list[float]] = []
     with torch.no_grad(), undisturbed(model):
         base = rows(_forward(model, batch))
         for change in changes:
             with change:
-                difference = rows(_forward(model, batch)) - base
-            spread = difference.std().item() * difference.numel() ** 0.5 if difference.numel() > 1 else 0.0
-            found.append((difference.sum().item(), spread))
-    return found
+                difference = (rows(_forward(model, batch)) - base).double()
+            squares = difference.square().sum().item()
+            sums.append([1.0, difference.numel(), difference.sum().item(), squares])
+    return [_estimate(*row) for row in total(torch.tensor(sums, dtype=torch.float64)).tolist()]
+
+
+def _estimate(replicas: float, rows: float, summed: float, squares: float) -> tuple[float, float]:
+    """Of the loss over all rows (the mean over replicas): its change, and √n times the rows' deviation."""
+    change = summed / replicas
+    variance = (squares / replicas**2 - change * change / rows) / max(1.0, rows - 1.0)
+    return change, math.sqrt(max(0.0, variance) * rows) if variance == variance else math.nan
 
 
 def _forward(model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -142,8 +164,12 @@ def _forward(model: nn.Module, batch: Batch) -> list[Tensor]:
 # --- which loss was it? -------------------------------------------------------------------------
 
 
-def identify(batch: Batch, loss: float) -> tuple[str, Rows]:
-    """The loss as a function of the outputs, one value per row (they sum to the loss), and its name."""
+def identify(batch: Batch, loss: float, scale: float = 1.0) -> tuple[str, Rows]:
+    """The loss as a function of the outputs, one value per row (they sum to the loss), and its name.
+
+    `scale`: what turns the recorded gradients into those of the loss (1/S under a GradScaler), for the local
+    metric; the other forms find it out by themselves.
+    """
     for i, output in enumerate(batch.outputs):
         if output.numel() == 1 and _close(output.item(), loss):
             return "model's own", lambda outputs, i=i: outputs[i].reshape(1).float()
@@ -159,7 +185,7 @@ def identify(batch: Batch, loss: float) -> tuple[str, Rows]:
             rows = hypothesis(y, g, loss)
             if rows is not None and _close(rows(y).sum().item(), loss):
                 return name, lambda outputs, i=i, rows=rows: rows(outputs[i].float())
-    return "local metric", _local(batch, [i for i, _ in seen])
+    return LOCAL, _local(batch, [i for i, _ in seen], scale)
 
 
 def _close(a: float, b: float) -> bool:
@@ -230,13 +256,13 @@ def _logistic(y: Tensor, g: Tensor, loss: float) -> Callable[[Tensor], Tensor] |
 HYPOTHESES = (("cross-entropy", _cross_entropy), ("squared error", _squared), ("logistic", _logistic))
 
 
-def _local(batch: Batch, seen: list[int]) -> Rows:
+def _local(batch: Batch, seen: list[int], scale: float) -> Rows:
     def rows(outputs: list[Tensor]) -> Tensor:
         parts: list[Tensor] = []
         for i in seen:
             gradient = batch.gradients[i]
             assert gradient is not None
-            delta = (outputs[i] - batch.outputs[i]).float() * gradient.float()
+            delta = (outputs[i] - batch.outputs[i]).float() * (scale * gradient.float())
             along = delta.reshape(delta.shape[0], -1).sum(-1)
             parts.append(along + 0.5 * along.numel() * along * along)
         return torch.cat(parts) if parts else torch.zeros(1)

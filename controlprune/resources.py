@@ -12,8 +12,9 @@ train_energy       σ = `FIXED`: what of a step does not shrink. A guess, correc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,9 +33,14 @@ from .structure.extents import Fixed
 from .structure.groups import Structure
 from .structure.trace import call_model, copied, untouched
 
-__all__ = ["Bench", "costs", "exact_costs", "step_share"]
+__all__ = ["Bench", "Survey", "costs", "exact_costs", "measured_costs", "step_share"]
 
 FIXED = 0.15
+EXACT: Mapping[str, Callable[[Structure], Polynomial]] = {
+    "flops": flops,
+    "params": parameters,
+    "train_flops": lambda structure: 3.0 * flops(structure),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,39 @@ class Bench:
     example_inputs: Any
     deploy_inputs: Any
     instruments: Instruments
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was measured of model and device when attaching.
+
+    A resumed run and every replica go on with the same numbers, whatever their own device says.
+    `costs`: resource -> C_k(n); `multiples`: widths that run well, per group, or empty (rounding.py).
+    """
+
+    costs: Mapping[str, Polynomial]
+    multiples: tuple[int, ...]
+
+    @cached_property
+    def mark(self) -> str:
+        """Tells one survey from another."""
+        return repr(self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "costs": {name: cost.state_dict() for name, cost in self.costs.items()},
+            "multiples": list(self.multiples),
+        }
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Survey:
+        costs = {name: Polynomial.from_state(cost) for name, cost in state["costs"].items()}
+        return Survey(costs, tuple(int(m) for m in state["multiples"]))
+
+
+def measured_costs(names: Iterable[str], structure: Structure, bench: Bench) -> dict[str, Polynomial]:
+    """Of those resources that the trace alone does not tell."""
+    return {k: c for k, c in costs(names, structure, bench).items() if k not in EXACT}
 
 
 def costs(names: Iterable[str], structure: Structure, bench: Bench) -> dict[str, Polynomial]:
@@ -82,12 +121,7 @@ def _energy(seconds: Polynomial, bench: Bench) -> Polynomial:
 
 def exact_costs(names: Iterable[str], structure: Structure) -> dict[str, Polynomial]:
     """Of those resources that the trace alone tells."""
-    whole = {
-        "flops": flops(structure),
-        "params": parameters(structure),
-        "train_flops": 3.0 * flops(structure),
-    }
-    return {name: whole[name] for name in names if name in whole}
+    return {name: EXACT[name](structure) for name in names if name in EXACT}
 
 
 def step_share(structure: Structure) -> Polynomial:

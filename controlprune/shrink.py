@@ -95,9 +95,10 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     """Give a parameter or buffer new data of any shape; the tensor object stays the user's own.
 
     While a graph of the last step is still alive, autograd keeps the parameter's gradient accumulator
-    with the old shape, and the next backward would fail; passing through another dtype resets it.
+    with the old shape, and the next backward would fail; passing through another dtype resets it. With the
+    same shape it is kept, and with it what others hooked to it (DDP).
     """
-    if tensor.requires_grad:
+    if tensor.requires_grad and data.shape != tensor.shape:
         other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
         tensor.data = torch.empty(0, dtype=other, device=tensor.device)
     tensor.data = data

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -138,6 +138,23 @@ class Polynomial:
 
     def _forms(self, widths: Array) -> Array:
         return self.offsets + (self.slopes @ widths.T).T  # [G] -> [F], [B, G] -> [B, F]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists: a, the forms of every term, and G."""
+        terms = [
+            [a, [[b, [list(slope) for slope in slopes]] for b, slopes in key]]
+            for key, a in self._as_terms().items()
+        ]
+        return {"groups": self.groups, "terms": terms}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Any]) -> Polynomial:
+        """The same polynomial, to the bit."""
+        total = {
+            tuple((int(b), tuple((int(g), int(s)) for g, s in slopes)) for b, slopes in forms): float(a)
+            for a, forms in state["terms"]
+        }
+        return _compile(total, int(state["groups"]))
 
     def __add__(self, other: Polynomial) -> Polynomial:
         if self.groups != other.groups:

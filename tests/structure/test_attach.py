@@ -84,11 +84,16 @@ def test_inputs_are_not_written_on():
 
 def test_nothing_is_kept():
     """No tensor of the trace outlives it."""
+
+    def hidden() -> list[Tensor]:
+        """Of the shape that only the hidden layer's output has here."""
+        gc.collect()
+        return [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (3, 8)]
+
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    before = hidden()
     analyse(model, (x,))
-    gc.collect()
-    alive = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (3, 8)]
-    assert not alive
+    assert not [t for t in hidden() if not any(t is other for other in before)]
 
 
 @pytest.mark.parametrize("inputs", [(torch.randn(3, 5),), {"y": torch.randn(3, 4)}, torch.randn(3, 5), ()])
