@@ -40,17 +40,23 @@ def dense(task: Task, seed: int) -> Side:
 
 
 def controlled(
-    task: Task, seed: int, budget: float, steps: int, policy: Policy | None = None
+    task: Task,
+    seed: int,
+    budget: float | Budget,
+    steps: int,
+    policy: Policy | None = None,
+    round_to: int | None = None,
 ) -> tuple[Side, Controller]:
-    """The side, and its controller, still to be finalized."""
+    """The side, and its controller, still to be finalized. A budget that is a number is one of FLOPs."""
     side = dense(task, seed)
     controller = attach(
         side.model,
         side.optimizer,
-        budget=Budget(flops=budget),
+        budget=budget if isinstance(budget, Budget) else Budget(flops=budget),
         example_inputs=(task.example(8),),
         total_steps=steps,
         policy=policy,
+        round_to=round_to,
         seed=seed,
     )
     side.after = controller.step

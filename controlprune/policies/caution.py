@@ -8,7 +8,8 @@ observations, over the active units. It is the evidence that a ranking is more t
     ṽ_(j) = ρ v_(j) + (1 − ρ) s π_(j),        s = mean_g v_(n̄_g) / mean_g π_(n̄_g)
 
 where π is the prior whose best allocation is the uniform one, n̄ (allocation.py), and s brings it to the
-scale of v at the margin: without trust the values decide which units of a group stay, not how many.
+scale of v at the margin: without trust the values decide which units of a group stay, not how many. With π
+for the prices 1, s is the price at which s π makes n̄ the best allocation.
 
 **Floors** of one update: (1 − ρ) n̄_g, and at the budget no group loses more than `slew_g` units at once.
 **Holds**: the recently switched units, and all dormant ones but the best `slew_g`, keep their state.
@@ -26,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Values", "floors", "held", "slew", "stability", "trusted"]
+__all__ = ["Values", "floors", "held", "margin_scale", "slew", "stability", "trusted"]
 
 Values = tuple[NDArray[np.float64], ...]
 
@@ -42,16 +43,19 @@ def stability(now: Tensor, before: Tensor, group: Tensor, on: Tensor) -> float:
     return max(0.0, float(np.mean(found))) if found else 0.0
 
 
-def trusted(values: Values, prior: Values, even: Sequence[int], trust: float) -> Values:
-    """ṽ per group, in the order of `values`; `prior` is sorted, best first; `even` is n̄."""
-    ordered = [np.sort(x)[::-1] for x in values]
+def margin_scale(values: Values, prior: Values, even: Sequence[int]) -> float:
+    """s; `prior` is sorted, best first; `even` is n̄."""
     at = [n - 1 for n in even]
-    scale = np.mean([x[i] for x, i in zip(ordered, at, strict=True)])
-    scale /= np.mean([p[i] for p, i in zip(prior, at, strict=True)])
+    worth = np.mean([np.sort(x)[::-1][i] for x, i in zip(values, at, strict=True)])
+    return float(worth / np.mean([p[i] for p, i in zip(prior, at, strict=True)]))
+
+
+def trusted(values: Values, prior: Values, scale: float, trust: float) -> Values:
+    """ṽ per group, in the order of `values`; `prior` is sorted, best first; `scale` is s."""
     mixed: list[NDArray[np.float64]] = []
-    for x, top, p in zip(values, ordered, prior, strict=True):
-        out = np.empty_like(x)
-        out[np.argsort(-x, kind="stable")] = trust * top + (1.0 - trust) * scale * p
+    for x, p in zip(values, prior, strict=True):
+        out, order = np.empty_like(x), np.argsort(-x, kind="stable")
+        out[order] = trust * x[order] + (1.0 - trust) * scale * p
         mixed.append(out)
     return tuple(mixed)
 

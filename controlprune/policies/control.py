@@ -12,7 +12,8 @@ At an update, in this order:
 FLOPs and parameters are known exactly, so the solver inverts them exactly: the realised resource meets
 the reference by construction, and the price is the shadow price of the reference. The PI regulator
 tracks it (back-calculation: a bumpless start), and takes over where the price itself steers:
-`Control(invert=False)`, the masks then answer the price alone until the deadline.
+`Control(invert=False)`, the masks then answer the price alone until they freeze, when the solver has the
+last word and the net the rest of the run to heal.
 
 An early value is a noisy one: values are shrunk towards the uniform allocation as far as their ranking is
 not stable, and at the budget few units move at a time (caution.py).
@@ -48,7 +49,7 @@ from ..regulators.pi import PI
 from ..regulators.plan import Plan
 from ..tradeoff import Problem, Solution, solve
 from .base import Decision, Setting, Trial
-from .caution import Values, floors, held, slew, stability, trusted
+from .caution import Values, floors, held, margin_scale, slew, stability, trusted
 from .pace import calibration_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
 from .reference import Reference
@@ -267,8 +268,10 @@ class ControlLoop:
             return self._hold(step, masks, compact, asked)
         if not (revises or self.watching or moved or always):
             return self._hold(step, masks, compact, asked)
-        exact = self.control.invert and not self.setting.prices
+        steered = not self.control.invert and step < self._freeze_step
+        exact = not (steered or self.setting.prices)
         solution = self._solve(step, masks, stability, limits, exact=exact)
+        self._regulate(asked, solution, exact=exact)
         self.reference.solved(asked)
         return self._answer(step, masks, compact, asked, solution)
 
@@ -282,6 +285,7 @@ class ControlLoop:
         self.reference.at_budget = False
         stability = self._stability(torch.cat(masks))
         solution = self._solve(step, masks, stability, self.reference.modelled(reference), exact=True)
+        self._regulate(reference, solution, exact=True)
         return self._answer(step, masks, False, reference, solution)
 
     # --- what is measured -----------------------------------------------------------------------
@@ -335,18 +339,22 @@ class ControlLoop:
         bounds = np.array([r * setting.dense[k] for k, r in limits.items()])
         return uniform(setting.structure.sizes, costs, bounds, setting.floors, setting.steps)
 
-    def _values(self, step: int, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]) -> Values:
-        """ṽ per group."""
+    def _values(
+        self, step: int, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]
+    ) -> tuple[Values, float]:
+        """ṽ per group, and s: the price at which the uniform allocation would be the best one."""
         setting = self.setting
         sizes = setting.structure.sizes
         v = self.gates.values(self.statistics(step, torch.cat(masks))).double()
         values = tuple(x.numpy() for x in torch.split(v, list(sizes)))
         if not even:
-            return values
+            return values, 0.0
         limited = [k for k in setting.costs if k not in setting.prices]
         costs = [setting.costs[k] for k in limited]
         shares = 1.0 / np.array([setting.dense[k] for k in limited])
-        return trusted(values, prior_values(even, costs, sizes, shares), even, trust)
+        prior = prior_values(even, costs, sizes, shares)
+        scale = margin_scale(values, prior, even)
+        return trusted(values, prior, scale, trust), scale
 
     def _solve(
         self,
@@ -363,7 +371,9 @@ class ControlLoop:
         dense = np.array([setting.dense[k] for k in names])
         trust, most = control.trust * stability, slew(setting.structure.sizes, setting.steps)
         even = self._uniform(limits)
-        values = self._values(step, masks, trust, even)
+        values, scale = self._values(step, masks, trust, even)
+        if not exact:
+            self.prices.follow(scale)
         least = setting.floors
         if even:
             binding = most if self.reference.at_budget else None
@@ -406,20 +416,19 @@ class ControlLoop:
         self.weights = None
         self.age = self.age.masked_fill(was != now, 0)
         news = bool((was & ~now).any())
-        self._regulate(reference, solution)
         settled = self.watching or not news  # they have had their update under observation, or there are none
         shrinks = self.control.shrink and (compact or (settled and self._pays(step, solution.widths)))
         self.watching = news and not shrinks and not self.watching
         return Decision(masks, shrinks, reference, self._price())
 
-    def _regulate(self, asked: Mapping[str, float], solution: Solution) -> None:
+    def _regulate(self, asked: Mapping[str, float], solution: Solution, *, exact: bool) -> None:
         """The price of each resource: tracks the shadow price where a limit binds, or acts on y − r."""
         use = self.reference.realised(solution.widths)
         for k, name in enumerate(self.setting.costs):
             if name not in asked:
                 continue
             shadow = float(solution.prices[k]) * self.setting.dense[name]
-            if not self.control.invert:
+            if not exact:
                 self.prices.regulate(name, use[name], asked[name])
             elif shadow > 0.0:
                 self.prices.track(name, use[name], asked[name], shadow)

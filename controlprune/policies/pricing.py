@@ -1,18 +1,24 @@
 """The prices: one regulator per resource, tuned to how the resource turns out to answer its price.
 
     where the solver meets the reference exactly      λ_k is its shadow price; the regulator tracks it
-    where the price itself steers (invert=False)      λ_k(t + 1) = regulator(y_k − r_k)
+    where the price itself steers (invert=False)      λ_k(t) = s(t) p_k(t),  p_k(t + 1) = regulator(y_k − r_k)
     where the user set the price (`Price`)            nothing to regulate
 
-`regulator="auto"` starts from the νPI designed for the prior belief (gain 0.3, 60° of phase margin),
-identifies y_{t+1} = a y_t + b u_{t+1} + c from what the price does (regulators/identify.py) and designs the
-gains anew every `REDESIGN` updates (regulators/design.py); `describe` says what it chose and why. Masks move
-by limited steps (slew, dwell), which looks like a small gain while the price runs: so the price is limited
-in its rate, and a gain is believed only near the prior.
+Feed-forward: s is the price at which the uniform allocation at the reference would be the best one, by the
+values as they are now (`follow`; caution.py). Values fall by orders of magnitude while a net learns, and a
+moved reference asks for another price at once; both are in s. What is left to the regulator is the relative
+price p, about 1, for what the values know better.
+
+`regulator="auto"` starts from the νPI designed for the prior belief (gain 0.3, 60° of phase margin, a delay
+margin of `LATE` updates), identifies y_{t+1} = a y_t + b u_{t+1} + c, u = log p, from what the price does
+(regulators/identify.py) and designs the gains anew every `REDESIGN` updates (regulators/design.py);
+`describe` says what it chose and why. Masks move by limited steps (slew, dwell), which looks like a small
+gain while the price runs: so the price is limited in its rate, and a gain is believed only near the prior.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,6 +35,8 @@ Regulator = PI | LQR | Literal["auto"]
 RATE = 0.7  # of the log price per update: masks answer slower than any price can move
 TRUSTED = 3.0  # factor about the prior belief within which an identified gain is believed
 REDESIGN = 8  # updates; as many must have been seen before the first one
+LATE = 6.0  # updates of delay that the loop must bear beside the plant's own
+UNKNOWN = 1e-2  # s before any values were seen, loss per dense use
 
 
 class Prices:
@@ -41,6 +49,7 @@ class Prices:
         self._states: dict[str, PIState | LQRState] = {}
         self._fits: dict[str, PriceState] = {}
         self._seen: dict[str, int] = {}
+        self._scale = UNKNOWN  # s
         self.cover(names)
 
     def cover(self, names: tuple[str, ...]) -> None:
@@ -55,28 +64,35 @@ class Prices:
                 self._fits[name], self._seen[name] = self._identifier.init(), 0
 
     def now(self) -> dict[str, float]:
-        return {name: state.price for name, state in self._states.items()}
+        return {name: self._scale * state.price for name, state in self._states.items()}
+
+    def follow(self, scale: float) -> None:
+        """s, from the values of this update; one that is no price is left out."""
+        if 0.0 < scale < math.inf:
+            self._scale = scale
 
     def track(self, name: str, use: float, reference: float, shadow: float) -> None:
         """The solver met the reference at this shadow price."""
-        self._states[name] = _update(self._regulators[name], self._states[name], use, reference, shadow)
+        applied = shadow / self._scale
+        self._states[name] = _update(self._regulators[name], self._states[name], use, reference, applied)
 
     def regulate(self, name: str, use: float, reference: float) -> None:
         """The price of the last call led to this use; the next one."""
-        regulator, state = self._regulators[name], self._states[name]
-        if self._given == "auto":
-            self._fits[name] = self._identifier.update(self._fits[name], use, state.price)
-            self._seen[name] += 1
-            if self._seen[name] % REDESIGN == 0:
-                regulator = self._regulators[name] = replace(self._design(name).regulator, rate=RATE)
-        self._states[name] = _update(regulator, state, use, reference, None)
+        state = _update(self._regulators[name], self._states[name], use, reference, None)
+        self._states[name] = state
+        if self._given != "auto":
+            return
+        self._fits[name] = self._identifier.update(self._fits[name], use, state.price)
+        self._seen[name] += 1
+        if self._seen[name] % REDESIGN == 0:
+            self._regulators[name] = replace(self._design(name).regulator, rate=RATE)
 
     def response(self, name: str) -> Response:
         """How the resource answers its log price, as identified so far."""
         return self._identifier.response(self._fits[name])
 
     def _design(self, name: str) -> Design:
-        return design(self.response(name))
+        return design(self.response(name), delay_margin=LATE)
 
     def describe(self) -> list[str]:
         """What regulates each price, and why, for the report."""
@@ -99,7 +115,7 @@ class Prices:
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        loops = {
             name: {
                 "state": pack(self._states[name]),
                 "fit": pack(self._fits[name]),
@@ -108,10 +124,12 @@ class Prices:
             }
             for name in self._regulators
         }
+        return {"scale": self._scale, "loops": loops}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._scale = float(state["scale"])
         for name, regulator in self._regulators.items():
-            saved = state[name]
+            saved = state["loops"][name]
             self._regulators[name] = unpack(regulator, saved["gains"])
             self._states[name] = unpack(self._states[name], dict(saved["state"]))
             self._fits[name] = unpack(self._fits[name], saved["fit"])

@@ -8,12 +8,12 @@ u_{t+1} is set from e_t and, at d = 0, in force when y_{t+1} is measured)::
     loop                                           L(z) = C(z) P(z)
 
 The zero of the PI cancels the pole of the plant, K_P = K_I a / (1 − a) (exactly, for ν = 0), which leaves
-L = K_I g z^{−d} / (z − 1). Where the phase of L at K_I = 1 is the one asked for, K_I makes |L| = 1; for
-ν = 0 in closed form::
+L = K_I g z^{−d} / (z − 1). A further delay of m updates takes m ω of the phase; so where the phase of L at
+K_I = 1 is PM = max(φ, m ω) above −180°, K_I makes |L| = 1. For ν = 0 in closed form::
 
     PM = π/2 − ω (d + 1/2),     K_I = 2 sin(ω/2) / g
 
-Phase margins in degrees, gain margin as a factor, delay margin in updates (PM / ω).
+Phase margins φ in degrees, gain margin as a factor, delay margin m in updates (PM / ω).
 """
 
 from __future__ import annotations
@@ -80,17 +80,22 @@ def _damping(pole: complex) -> float:
     return float(-s.real / abs(s)) if abs(s) else 0.0
 
 
-def design(response: Response, phase_margin: float = 60.0, smoothing: float = 0.0) -> Design:
-    """The fastest PI (largest K_I) with this phase margin in degrees, its zero on the plant's pole."""
+def design(
+    response: Response, phase_margin: float = 60.0, smoothing: float = 0.0, delay_margin: float = 0.0
+) -> Design:
+    """The fastest PI (largest K_I) with at least these margins (degrees, updates), its zero on the pole."""
     if not 0 < phase_margin < 90:
         raise ValueError(f"phase_margin={phase_margin!r}: give degrees in (0, 90)")
+    if not 0 <= delay_margin < math.inf:
+        raise ValueError(f"delay_margin={delay_margin!r}: give a number of updates >= 0")
     shape = PI(integral=1.0, proportional=response.pole / (1 - response.pole), smoothing=smoothing)
     unit = loop(response, shape)
-    target = np.radians(phase_margin - 180)
+    least = math.radians(phase_margin)
 
     def behind(omega: float) -> float:
         """Phase of L past the target, wrapped to (−π, π]; it falls through 0 at the crossover."""
-        return float(np.angle(unit(np.exp(1j * omega)) * np.exp(-1j * target)))
+        above = max(least, delay_margin * omega)
+        return float(np.angle(unit(np.exp(1j * omega)) * np.exp(1j * (math.pi - above))))
 
     grid = np.linspace(1e-4, np.pi - 1e-4, 2000)
     after = next(i for i, omega in enumerate(grid) if behind(omega) <= 0)

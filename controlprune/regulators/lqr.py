@@ -9,8 +9,9 @@ that have not acted yet::
     minimise Σ_t e_t² + R Δu_t²        =>        Δu_t = −K z_t + Δr_{t+1} F,    K [2 + d] from `control.dlqr`
 
 F is the price change that a known change of the reference asks for by itself at rest, −1/g, so a planned
-ramp is followed without waiting for an error. e = y − r and Δr in fractions of dense, λ in loss per dense
-use. The price is projected onto [low, high] and the projected change enters the state: no windup.
+ramp is followed without waiting for an error. e = y − r and Δr in fractions of dense, λ in any unit (the
+loop's is about 1: policies/pricing.py). The price is projected onto [low, high] and the projected change
+enters the state: no windup.
 
 Limit cases: R → ∞ moves nothing; R → 0 with d = 0 is deadbeat (e vanishes after one update).
 """
@@ -41,9 +42,9 @@ class LQR:
 
     gains: tuple[float, ...]  # K
     feedforward: float  # F
-    initial: float = 1e-2
+    initial: float = 1.0
     low: float = 1e-8
-    high: float = 1e4
+    high: float = 1e6
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.initial <= self.high < math.inf:
@@ -93,7 +94,7 @@ def matrices(response: Response) -> tuple[np.ndarray, np.ndarray]:
     return transition, entry
 
 
-def lqr(response: Response, effort: float = 0.01, initial: float = 1e-2) -> LQR:
+def lqr(response: Response, effort: float = 0.01, initial: float = 1.0) -> LQR:
     """The optimal regulator for `response`; `effort` is R: squared error that a squared Δlog λ is worth."""
     if not (math.isfinite(effort) and effort > 0):
         raise ValueError(f"effort={effort!r}: give a finite number > 0")

@@ -5,7 +5,8 @@ With the error e_t = y_t − r_t (resource use over reference, fractions of dens
     ξ_t     = ν ξ_{t−1} + (1 − ν) e_t                                  (ξ_{−1} = e_0: no kick at the start)
     u_{t+1} = clip[ u_t + clip[K_I e_t + K_P (ξ_t − ξ_{t−1}), ±rate],  log low, log high ]
 
-λ is in loss per dense use of the resource. `log_scale=False` regulates u = λ itself (low may be 0).
+λ is a price in any unit; the loop gives it relative to a feed-forward price, so that it is about 1
+(policies/pricing.py). `log_scale=False` regulates u = λ itself (low may be 0).
 The velocity form keeps no integral beside the clipped price, so nothing winds up while it is clipped, nor
 while its rate is.
 If another mechanism sets the price (`applied`: the shadow price of a limit that is solved exactly), the
@@ -29,20 +30,20 @@ __all__ = ["PI", "PIState"]
 
 @dataclass(frozen=True)
 class PIState:
-    price: float  # λ, loss per dense use
+    price: float  # λ
     smoothed: float | None  # ξ; None before the first error
 
 
 @dataclass(frozen=True)
 class PI:
-    """Settings. The default gains are `design(Response(gain=0.3, delay=1))`: 60° of phase margin."""
+    """Settings. The default gains are `design(Response(gain=0.3, delay=1), delay_margin=6)`."""
 
-    integral: float = 1.16  # K_I, per update
+    integral: float = 0.697  # K_I, per update
     proportional: float = 0.0  # K_P
     smoothing: float = 0.0  # ν
-    initial: float = 1e-2
+    initial: float = 1.0
     low: float = 1e-8
-    high: float = 1e4
+    high: float = 1e6
     log_scale: bool = True
     rate: float = math.inf  # largest |u_{t+1} − u_t|
 

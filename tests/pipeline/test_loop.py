@@ -180,18 +180,18 @@ def test_a_higher_price_buys_less() -> None:
 
 
 def test_the_price_alone_steers() -> None:
-    """`invert=False`: the masks answer the regulator's price; finalize enforces what is left."""
+    """`invert=False`: the masks answer the regulator's price until they freeze on the budget."""
     policy = replace(QUICK, invert=False, update_every=2, dwell=0)  # a dwell is a delay in the loop
     far = []
     for seed in range(4):  # one such small net may wander
         run = rig(policy=policy, total_steps=200, seed=seed)
         before = dense(run)
         run.train(0, 200)
-        rows = [row for row in run.controller.history if row.step > 120]
+        rows = [row for row in run.controller.history if 120 < row.step < 150]
         far += [abs(row.realised["flops"] - row.reference["flops"]) for row in rows]
         run.controller.finalize()
-        assert shares(run, *before)["flops"] <= 0.5
-    assert sum(far) / len(far) < 0.1
+        assert 0.48 <= shares(run, *before)["flops"] <= 0.5
+    assert sum(far) / len(far) < 0.05
 
 
 # --- the order of calls ---------------------------------------------------------------------------

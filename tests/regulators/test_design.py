@@ -77,8 +77,22 @@ def test_closed_form(response) -> None:
 
 
 def test_default_gains_are_the_designed_ones() -> None:
-    assert PI().integral == pytest.approx(design(Response(0.3, 0, 1)).regulator.integral, rel=0.01)
-    assert PI().proportional == design(Response(0.3, 0, 1)).regulator.proportional == 0
+    regulator = design(Response(0.3, 0, 1), delay_margin=6.0).regulator
+    assert PI().integral == pytest.approx(regulator.integral, rel=0.01)
+    assert PI().proportional == regulator.proportional == 0
+
+
+@pytest.mark.parametrize("response", RESPONSES)
+@pytest.mark.parametrize("delay", [3.0, 6.0])
+def test_a_delay_margin_is_had_too(response, delay) -> None:
+    """The slower of the two asked for, and not slower than it must be."""
+    found, by_phase = design(response, delay_margin=delay), design(response)
+    assert found.margins.delay >= delay * 0.999
+    assert found.margins.phase >= 60 - 0.01
+    slower = by_phase.margins.delay < delay
+    tight = found.margins.delay if slower else found.margins.phase
+    assert tight == pytest.approx(delay if slower else 60.0, rel=1e-3)
+    assert not grows(simulate(response, found.regulator, more_delay=math.ceil(delay) - 1))
 
 
 def test_a_loop_beyond_its_margins_says_so() -> None:
