@@ -217,7 +217,7 @@ class Controller:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
         self._require_live("step")
         started = time.process_time()
-        on_host = self._intake.after_step(loss)
+        full = self._intake.after_step(loss)
         self.steps += 1
         self._metering.step()
         if self.steps == self._setting.total_steps + 1:
@@ -229,7 +229,7 @@ class Controller:
         self._replicas.watch_for_ddp(self.model, self.replicate)
         if self._due:
             self._update()
-        elif on_host and self._replicas.alone:
+        elif full and self._replicas.alone:
             self._read()
         self._arm()
         self._overhead += time.process_time() - started
@@ -261,6 +261,8 @@ class Controller:
     @property
     def skipped(self) -> int:
         """Steps whose loss or gradients were not finite, or that the optimizer skipped."""
+        if self._live and self._replicas.alone:
+            self._read()
         return self._intake.skipped
 
     def _arm(self) -> None:

@@ -26,6 +26,7 @@ from .masking import Plant
 __all__ = ["Intake", "Step"]
 
 REPEATED = 10
+PATIENCE = 8  # steps that wait to be read together
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Intake:
             self._live = self.plant.masks if self.plant.compact else None
 
     def after_step(self, loss: object) -> bool:
-        """The step is over; is its loss on the host, where reading costs nothing?"""
+        """The step is over; should it be read now? On the host reading is cheap, but rows take memory."""
         value = _scalar(loss)
         if self._ran and not self._gradients:
             raise RuntimeError(
@@ -76,7 +77,8 @@ class Intake:
             )
         self._unread.append(Unread(value, self._ran, self._row, self._live))
         self._ran, self._row = False, None
-        return value.device.type == "cpu"
+        full = self._unread[-1].row is not None or len(self._unread) >= PATIENCE
+        return full and value.device.type == "cpu"
 
     def without_data(self) -> None:
         """A step of the other replicas, for which this one had no data."""

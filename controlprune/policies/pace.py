@@ -25,8 +25,8 @@ from .base import Setting
 
 __all__ = ["calibration_spacing", "observation_spacing", "recompile_pays", "shrink_pays"]
 
-OBSERVATION_SHARE = 0.004
-CALIBRATION_SHARE = 0.006
+OBSERVATION_SHARE = 0.0025
+CALIBRATION_SHARE = 0.004
 OBSERVATIONS, CALIBRATIONS = 400, 6
 RATE = 5e10  # FLOP per second of a step
 CALL = 6e-6  # seconds
