@@ -4,8 +4,10 @@
     model = load("small.safetensors", Net())       structure (extents, size attributes) and the masks
 
 `load` takes a dense model of the same class, brings it to the saved widths and fills it: no example
-inputs, no trace. A file that was not written here, is newer, or belongs to another model is refused
-before the model is touched.
+inputs, no trace. The file appears whole or not at all (files.py). A checksum over header and tensors
+(checksum.py) tells a file that was changed since; it is no signature: what a stranger wrote with a right
+checksum is still read as data only, and every claim of it checked. A file that was not written here, is
+damaged, newer, or belongs to another model is refused before the model is touched.
 """
 
 from __future__ import annotations
@@ -20,15 +22,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checksum import checksum
 from .controller import Controller, require_unattached
 from .copies import compact_copies
-from .masking import Plant, checked
-from .structure.extents import Concat, Extent, Fixed, Product, Units, size
-from .structure.groups import Group, SizeAttribute, Slice, Structure
+from .files import replacing
+from .masking import Plant
+from .structure.extents import size
+from .structure.groups import Structure
+from .structure.portable import (
+    masks_from_json,
+    masks_to_json,
+    misfit,
+    structure_from_json,
+    structure_to_json,
+)
 
 __all__ = ["load", "save"]
 
-FORMAT = 1
+FORMAT = 2  # 2: with a checksum
+Masks = tuple[Tensor, ...]
 
 
 def save(controller: Controller, path: str | Path) -> None:
@@ -36,37 +48,33 @@ def save(controller: Controller, path: str | Path) -> None:
     if not isinstance(controller, Controller):
         raise TypeError(f"controller={type(controller).__name__}: give what controlprune.attach returned")
     plant = controller.plant
-    tensors = compact_copies(plant)
     header = {
         "format": FORMAT,
-        "structure": _structure_to_json(plant.structure),
-        "masks": {
-            name: [int(i) for i in torch.nonzero(mask).flatten()]
-            for name, mask in zip(plant.structure.names, plant.masks, strict=True)
-        },
+        "structure": structure_to_json(plant.structure),
+        "masks": masks_to_json(plant.structure, plant.masks),
     }
-    save_file(tensors, str(path), metadata={"controlprune": json.dumps(header)})
+    tensors = compact_copies(plant)
+    with replacing(path) as part:
+        try:
+            save_file(tensors, str(part), metadata=signed(header, tensors))
+        except SafetensorError as error:  # the disk is full, say
+            raise OSError(str(error)) from error
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """`model` (dense, of the class that was saved) at the saved widths with the saved tensors."""
-    header, tensors = _read(Path(path))
     require_unattached(model)
-    try:
-        structure = _structure_from_json(header["structure"])
-        masks = checked([_mask(g.size, header["masks"][g.name]) for g in structure.groups], structure)
-    except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
-    _check_same(structure, model, path)
+    structure, masks, tensors = _read(Path(path))
+    if wrong := misfit(structure, model):
+        raise ValueError(
+            f"model: {wrong}; {str(path)!r} was saved from another one: give a dense model of the same class "
+            "and configuration"
+        )
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if wrong := _misfit(structure, masks, tensors, own):
+        raise ValueError(f"path={str(path)!r}: {wrong} does not fit the model")
     plant = Plant(model, None, structure)
     plant.apply(masks, compact=True)
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    wrong = [k for k in tensors if k not in own or own[k].shape != tensors[k].shape]
-    if wrong or set(own) - set(tensors):
-        plant.release()
-        raise ValueError(
-            f"path={str(path)!r}: {(wrong or sorted(set(own) - set(tensors)))[0]} does not fit the model"
-        )
     plant.harden()
     with torch.no_grad():
         for name, tensor in own.items():
@@ -74,101 +82,62 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     return model
 
 
-def _mask(size: int, active: list[int]) -> Tensor:
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.tensor(active, dtype=torch.long)] = True
-    return mask
+def signed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The file's metadata: the header as JSON, and the checksum over it and the tensors."""
+    text = json.dumps(header)
+    return {"controlprune": text, "checksum": checksum([text, dict(tensors)])}
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"path={str(path)!r}: not a whole safetensors file ({error})") from error
+def _read(path: Path) -> tuple[Structure, Masks, dict[str, Tensor]]:
+    """What the file says, checked in itself; ValueError names it."""
+    metadata, tensors = _content(path)
     if "controlprune" not in metadata:
         raise ValueError(f"path={str(path)!r}: a safetensors file, but not one that controlprune.save wrote")
-    header = json.loads(metadata["controlprune"])
-    if not isinstance(header, dict) or not isinstance(header.get("format"), int):
-        raise ValueError(f"path={str(path)!r}: its header is corrupt (no format)")
-    if header["format"] > FORMAT:
-        raise ValueError(f"path={str(path)!r}: written by a newer controlprune (format {header['format']})")
-    return header, tensors
-
-
-def _check_same(structure: Structure, model: nn.Module, path: str | Path) -> None:
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, extents in structure.tensors.items():
-        expected = tuple(size(e) for e in extents)
-        if name not in own:
-            raise ValueError(f"model: it has no tensor {name!r}; {str(path)!r} was saved from another class")
-        if tuple(own[name].shape) != expected:
-            raise ValueError(
-                f"model: {name!r} has shape {tuple(own[name].shape)}, that saved in {str(path)!r} had, dense,"
-                f" {expected}; give a dense model of the same configuration"
-            )
-
-
-def _extent_to_json(extent: Extent) -> Any:
-    match extent:
-        case Fixed(length):
-            return length
-        case Units(group, length):
-            return {"units": [group, length]}
-        case Product(factors):
-            return {"product": [_extent_to_json(x) for x in factors]}
-        case Concat(parts):
-            return {"concat": [_extent_to_json(x) for x in parts]}
-
-
-def _extent_from_json(value: Any) -> Extent:
-    if isinstance(value, int):
-        return Fixed(value)
-    ((kind, inner),) = value.items()
-    if kind == "units":
-        return Units(*inner)
-    terms = tuple(_extent_from_json(x) for x in inner)
-    return Product(terms) if kind == "product" else Concat(terms)
-
-
-def _structure_to_json(structure: Structure) -> dict[str, Any]:
-    return {
-        "groups": [
-            {
-                "name": g.name,
-                "size": g.size,
-                "kind": g.kind,
-                "slices": [[s.tensor, s.dim, _extent_to_json(s.extent), s.role] for s in g.slices],
-            }
-            for g in structure.groups
-        ],
-        "tensors": {k: [_extent_to_json(e) for e in v] for k, v in structure.tensors.items()},
-        "parameters": sorted(structure.parameters),
-        "attributes": [
-            [a.module, a.attribute, a.index, _extent_to_json(a.extent)] for a in structure.attributes
-        ],
-    }
-
-
-def _structure_from_json(value: Mapping[str, Any]) -> Structure:
-    groups = tuple(
-        Group(
-            g["name"],
-            g["size"],
-            g["kind"],
-            tuple(
-                Slice(tensor, dim, _extent_from_json(extent), role)
-                for tensor, dim, extent, role in g["slices"]
-            ),
+    try:
+        header = json.loads(metadata["controlprune"])
+        number = header["format"]
+        if type(number) is not int:
+            raise TypeError(f"format {number!r}")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
+    if number > FORMAT:
+        raise ValueError(
+            f"path={str(path)!r}: written by a newer controlprune (format {number}, this one "
+            f"reads {FORMAT}); update the package"
         )
-        for g in value["groups"]
-    )
-    return Structure(
-        groups=groups,
-        refused=(),
-        tensors={k: tuple(_extent_from_json(e) for e in v) for k, v in value["tensors"].items()},
-        parameters=frozenset(value["parameters"]),
-        attributes=tuple(SizeAttribute(m, a, i, _extent_from_json(e)) for m, a, i, e in value["attributes"]),
-        work=(),
-    )
+    if metadata.get("checksum") != checksum([metadata["controlprune"], tensors]):
+        raise ValueError(
+            f"path={str(path)!r}: its checksum does not match; it was damaged or changed after it was saved"
+        )
+    try:
+        structure = structure_from_json(header["structure"])
+        masks = tuple(masks_from_json(structure, header["masks"]))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
+    return structure, masks, tensors
+
+
+def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what torch says of tensors that cannot be
+        raise ValueError(f"path={str(path)!r}: not a whole safetensors file ({error})") from error
+
+
+def _misfit(
+    structure: Structure, masks: Masks, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> str:
+    """The first saved tensor that has not the name, the shape at these masks, or the kind of numbers."""
+    widths = [int(mask.sum()) for mask in masks]
+    for name in sorted(own.keys() ^ tensors.keys()):
+        return name
+    for name, extents in structure.tensors.items():
+        mine, saved = own[name], tensors[name]
+        if tuple(saved.shape) != tuple(size(extent, widths) for extent in extents):
+            return name
+        if (saved.is_floating_point(), saved.is_complex()) != (mine.is_floating_point(), mine.is_complex()):
+            return name
+    return ""

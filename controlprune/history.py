@@ -13,17 +13,22 @@ run on from row to row, so the later one is the sum.
 
 On disk the first line is the header (names, sizes, budget, …), every further line a row. A last line cut
 short by a killed process is dropped; a number that is not finite is written as null,
-since JSON has no NaN, and read as NaN.
+since JSON has no NaN, and read as NaN. Where a stream cannot be written (the disk is full) the training goes
+on: its file ends with the last whole row, the user is told once, and all rows follow when it can be again.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .files import replacing
 
 __all__ = ["History", "Record", "merge"]
 
@@ -83,6 +88,7 @@ class History:
         self._rows: list[Record] = []
         self._filled = 0  # updates in the newest row
         self._stream: Path | None = None
+        self._behind = False  # the stream lacks rows
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,31 +106,52 @@ class History:
     def append(self, record: Record) -> None:
         """Add one update (and one line to the stream, where there is one)."""
         self._check(record)
-        if self._stream is not None:
-            with self._stream.open("a", encoding="utf-8") as file:
-                file.write(_line(_row(record)))
         if self._rows and self._filled < self.stride:
             self._rows[-1] = merge(self._rows[-1], record)
             self._filled += 1
-            return
-        if len(self._rows) == self.capacity:
-            self._halve()
-        self._rows.append(record)
-        self._filled = 1
+        else:
+            if len(self._rows) == self.capacity:
+                self._halve()
+            self._rows.append(record)
+            self._filled = 1
+        if self._stream is not None:
+            self._put(self._stream, _line(_row(record)))
 
     def write(self, path: str | Path) -> Path:
         """Write the rows held, as JSON lines; parent folders are made."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            _line(self._header()) + "".join(_line(_row(row)) for row in self._rows), encoding="utf-8"
-        )
+        lines = [_line(self._header()), *(_line(_row(row)) for row in self._rows)]
+        with replacing(path) as part:
+            part.write_text("".join(lines), encoding="utf-8")
         return path
 
     def stream(self, path: str | Path) -> Path:
         """Write the rows held and, from now on, every update as it comes: survives a killed process."""
         self._stream = self.write(path)
+        self._behind = False
         return self._stream
+
+    def _put(self, path: Path, line: str) -> None:
+        """Append one line, or nothing; after a failure the file is written anew, with all rows held."""
+        length = path.stat().st_size if path.exists() else 0
+        try:
+            if self._behind:
+                self.write(path)
+            else:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                if path.exists():
+                    os.truncate(path, length)
+                warnings.warn(
+                    f"controlprune: history: {str(path)!r} could not be written ({error.strerror}); the rows "
+                    "are kept and follow when it can be",
+                    stacklevel=2,
+                )
+            self._behind = True
 
     @classmethod
     def read(cls, path: str | Path, capacity: int = 4096) -> History:
@@ -140,8 +167,11 @@ class History:
             rows.pop()  # the process was killed while writing it
         if None in rows:
             raise ValueError(f"{path}: line {rows.index(None) + 2} is not JSON; the file is corrupt")
-        history = cls(header["names"], header["sizes"], header["budget"], header["total_steps"], capacity)
-        history._restore(header, rows)
+        try:
+            history = cls(header["names"], header["sizes"], header["budget"], header["total_steps"], capacity)
+            history._restore(header, rows)
+        except (LookupError, TypeError, AttributeError, OverflowError, ValueError) as error:
+            raise ValueError(f"{path}: the file is corrupt ({type(error).__name__}: {error})") from error
         return history
 
     def state_dict(self) -> dict[str, Any]:

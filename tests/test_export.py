@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import controlprune as cp
+from controlprune.export import signed
 
 
 def cut(net: str = "residual", layout: str = "masked") -> Rig:
@@ -74,12 +75,13 @@ def test_the_file_is_as_small_as_the_model(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> Path:
+    """Changed, with the right checksum of what it says now."""
     with safe_open(str(path), framework="pt") as file:
         header = json.loads(file.metadata()["controlprune"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(header, tensors)
     other = path.with_name("other.safetensors")
-    save_file(tensors, str(other), metadata={"controlprune": json.dumps(header)})
+    save_file(tensors, str(other), metadata=signed(header, tensors))
     return other
 
 

@@ -5,16 +5,16 @@ getattr(module, attribute)  =  size(extent, widths)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from .axes import Axis, pin
 from .extents import size
-from .groups import Structure
+from .groups import SizeAttribute, Structure
 from .tape import Tape
 
-__all__ = ["bind_module_attributes", "set_sizes"]
+__all__ = ["bind_module_attributes", "get_size", "set_sizes"]
 
 ATTENTION = "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads: no head can leave"
 
@@ -33,6 +33,14 @@ def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | No
             old[entry.index] = value
             value = type(getattr(owner, last))(old)
         object.__setattr__(owner, last, value)
+
+
+def get_size(modules: Mapping[str, nn.Module], entry: SizeAttribute) -> object:
+    """What stands there now; KeyError, AttributeError, IndexError or TypeError if there is nothing."""
+    value: object = modules[entry.module]
+    for name in entry.attribute.split("."):
+        value = getattr(value, name)
+    return value if entry.index is None else value[entry.index]  # type: ignore[index]
 
 
 # (module types, attribute, index, tensor, dimension): the attribute is the length of that dimension
