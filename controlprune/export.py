@@ -118,13 +118,25 @@ def _read(path: Path) -> tuple[Structure, Masks, dict[str, Tensor]]:
 
 
 def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except OSError:
-        raise
-    except Exception as error:  # SafetensorError, and what torch says of tensors that cannot be
-        raise ValueError(f"path={str(path)!r}: not a whole safetensors file ({error})") from error
+    """Metadata and tensors of one file, even if another takes its place meanwhile (it is opened twice)."""
+    while True:
+        before = _identity(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                found = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError:
+            raise
+        except Exception as error:  # SafetensorError, and what torch says of tensors that cannot be
+            if _identity(path) == before:
+                raise ValueError(f"path={str(path)!r}: not a whole safetensors file ({error})") from error
+        else:
+            if _identity(path) == before:
+                return found
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _misfit(

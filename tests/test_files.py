@@ -122,7 +122,7 @@ def test_a_tampered_history_is_refused(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, sys, torch, controlprune as cp
+import os, sys, time, torch, controlprune as cp
 from rig import NETS, rig
 run, place = rig(), sys.argv[1]
 cp.save(run.controller, place)
@@ -130,6 +130,7 @@ print("saved", flush=True)
 for step in range(100000):
     with torch.no_grad():
         next(iter(run.model.parameters())).fill_(float(step))
+    time.sleep(0.002)
     cp.save(run.controller, place)
 """
 
