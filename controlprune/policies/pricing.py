@@ -10,10 +10,11 @@ moved reference asks for another price at once; both are in s. What is left to t
 price p, about 1, for what the values know better.
 
 `regulator="auto"` starts from the νPI designed for the prior belief (gain 0.3, 60° of phase margin, a delay
-margin of `LATE` updates), identifies y_{t+1} = a y_t + b u_{t+1} + c, u = log p, from what the price does
-(regulators/identify.py) and designs the gains anew every `REDESIGN` updates (regulators/design.py);
-`describe` says what it chose and why. Masks move by limited steps (slew, dwell), which looks like a small
-gain while the price runs: so the price is limited in its rate, and a gain is believed only near the prior.
+margin of `LATE` updates), identifies e_{t+1} = a e_t + b u_{t+1} + c, u = log p, from what the price does to
+e = y − r (regulators/identify.py; of y itself the feed-forward's share would be taken for a slow pole) and
+designs the gains anew every `REDESIGN` updates (regulators/design.py); `describe` says what it chose and why.
+Masks move by limited steps (slew, dwell), which looks like a small gain or a slow plant while the price runs:
+so the price is limited in its rate, a gain is believed only near the prior, and a pole only if it is quick.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["Prices", "Regulator"]
 Regulator = PI | LQR | Literal["auto"]
 RATE = 0.7  # of the log price per update: masks answer slower than any price can move
 TRUSTED = 3.0  # factor about the prior belief within which an identified gain is believed
+SLOWEST = 0.5  # pole: a false one is an overlarge proportional gain, K_P = K_I a / (1 − a)
 REDESIGN = 8  # updates; as many must have been seen before the first one
 LATE = 6.0  # updates of delay that the loop must bear beside the plant's own
 UNKNOWN = 1e-2  # s before any values were seen, loss per dense use
@@ -44,7 +46,7 @@ class Prices:
 
     def __init__(self, regulator: Regulator, names: tuple[str, ...]) -> None:
         self._given = regulator
-        self._identifier = Identifier(trusted=TRUSTED)
+        self._identifier = Identifier(trusted=TRUSTED, slowest=SLOWEST)
         self._regulators: dict[str, PI | LQR] = {}
         self._states: dict[str, PIState | LQRState] = {}
         self._fits: dict[str, PriceState] = {}
@@ -82,7 +84,7 @@ class Prices:
         self._states[name] = state
         if self._given != "auto":
             return
-        self._fits[name] = self._identifier.update(self._fits[name], use, state.price)
+        self._fits[name] = self._identifier.update(self._fits[name], use - reference, state.price)
         self._seen[name] += 1
         if self._seen[name] % REDESIGN == 0:
             self._regulators[name] = replace(self._design(name).regulator, rate=RATE)

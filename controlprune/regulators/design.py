@@ -30,6 +30,8 @@ from .pi import PI
 
 __all__ = ["Design", "Margins", "design", "loop", "margins"]
 
+GRID = np.geomspace(1e-4, np.pi * (1 - 1e-6), 4000)  # radians per update; a grid of its own misses crossovers
+
 
 @dataclass(frozen=True)
 class Margins:
@@ -61,7 +63,8 @@ def loop(response: Response, regulator: PI) -> control.TransferFunction:
 def margins(response: Response, regulator: PI) -> Margins:
     """Margins of the loop, by python-control."""
     open_loop = loop(response, regulator)
-    gain, phase, _, _, crossover, _ = control.stability_margins(open_loop, method="frd")
+    sampled = control.frequency_response(open_loop, GRID)
+    gain, phase, _, _, crossover, _ = control.stability_margins(sampled)
     last = float(np.real(open_loop(-1.0)))  # at the Nyquist frequency, which the crossing search leaves out
     gain = min(gain, -1 / last) if last < 0 else gain
     poles = np.asarray(control.poles(control.feedback(open_loop, 1)), complex)

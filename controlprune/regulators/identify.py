@@ -93,6 +93,7 @@ class Identifier:
     spread: float = 10.0
     forgetting: float = 0.98
     trusted: float = math.inf
+    slowest: float = 0.99  # largest pole that is believed
 
     def _squares(self) -> LeastSquares:
         return LeastSquares((self.pole, -(1 - self.pole) * self.gain, 0.0), self.spread, self.forgetting)
@@ -109,13 +110,14 @@ class Identifier:
         return PriceState(fit, use, log_price)
 
     def response(self, state: PriceState) -> Response:
-        """The identified response, its gain within a factor of `trusted` of the prior belief.
+        """The identified response, its gain within a factor of `trusted` of the prior belief, its pole
+        at most `slowest`.
 
         Where the fit makes no sense (wrong sign, not finite), the prior belief itself.
         """
         a, b, _ = state.fit.theta
-        pole = min(max(float(a), 0.0), 0.99)
-        gain = float(-b / (1 - pole))
+        pole = min(max(float(a), 0.0), self.slowest)
+        gain = float(-b / (1 - pole))  # of the pole that is believed: what b does at once is certain
         if not (math.isfinite(gain) and gain > 0):
             return Response(self.gain, self.pole)
         return Response(min(max(gain, self.gain / self.trusted), self.gain * self.trusted), pole)

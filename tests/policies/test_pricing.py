@@ -43,14 +43,15 @@ def test_what_the_solver_found_is_the_price_whatever_the_feed_forward() -> None:
 def test_auto_designs_for_what_it_saw_and_bears_late_measurements() -> None:
     prices = Prices("auto", ("flops",))
     generator = torch.Generator().manual_seed(0)
-    use = 0.5
-    for _ in range(40):
-        reference = 0.5 + 0.05 * float(torch.randn((), generator=generator))
+    use = reference = 0.8
+    for k in range(200):
         prices.regulate("flops", use, reference)
-        use = 0.5 - 0.6 * math.log(prices.now()["flops"] / 1e-2)
-    assert prices.response("flops").gain == pytest.approx(0.6, rel=0.05)
+        reference = max(0.4, 0.8 - 0.01 * k)  # the feed-forward follows it: not the price's doing
+        pressed = 0.6 * math.log(prices.now()["flops"] / 1e-2)
+        use = reference - pressed + 0.05 * float(torch.randn((), generator=generator))
+    assert 0.4 < prices.response("flops").gain <= 0.9  # believed at first: 0.3
     (line,) = prices.describe()
-    assert "identified gain 0.59" in line
+    assert "identified gain" in line
     assert float(line.split("delay margin ")[1].split()[0]) >= 6.0
 
 

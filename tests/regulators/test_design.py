@@ -102,6 +102,13 @@ def test_a_loop_beyond_its_margins_says_so() -> None:
     assert margins(Response(0.3, 0, 1), PI(3.5)).gain < 1
 
 
+@pytest.mark.parametrize("pole", [0.0, 1e-4, 1e-2, 0.5, 0.99])
+def test_margins_are_found_wherever_the_pole_is(pole) -> None:
+    found = design(Response(0.58, pole), delay_margin=6.0).margins
+    assert found.delay == pytest.approx(6.0, rel=1e-3)
+    assert math.isfinite(found.gain)
+
+
 @pytest.mark.parametrize("phase", [0, 90, -10])
 def test_impossible_phase_margin(phase) -> None:
     with pytest.raises(ValueError, match="phase_margin"):
