@@ -100,6 +100,7 @@ def rig(
     shrink_at: int = 0,
     device: str = "cpu",
     park_on: str | None = None,
+    instruments: cp.Instruments | None = None,
 ) -> Rig:
     make, shape = NETS[net]
     torch.manual_seed(seed)
@@ -114,6 +115,7 @@ def rig(
         policy=policy,
         seed=seed,
         park_on=park_on,
+        instruments=instruments,
     )
     return Rig(model, made, controller, shape, device, shrink_at)
 

@@ -57,7 +57,9 @@ from .reference import Reference
 __all__ = ["Control", "ControlLoop"]
 
 OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
-COARSE, FINE = 0.015, 0.004  # how far under a limit is near enough, of dense; fine where sums must come out
+# How far under a limit is near enough, of dense: as little as one unit can bring it, within these bounds, and
+# less where a sum must come out.
+NEAR, FAR, FINE = 0.009, 0.015, 0.004
 
 
 @dataclass(frozen=True)
@@ -392,13 +394,13 @@ class ControlLoop:
             masks=tuple(m.numpy() for m in masks),
             held=held(values, masks, young, most),
             hysteresis=control.hysteresis,
-            tolerance=FINE if self.reference.feeds_back else COARSE,
+            tolerance=FINE if self.reference.feeds_back else min(max(_grain(setting), NEAR), FAR),
             resources=names,
         )
         solution = solve(problem)
         free = replace(problem, held=None)
         for easier in (free, replace(free, floors=setting.floors)) if exact else ():
-            if not (bounds - solution.costs > problem.tolerance * dense).all():
+            if not (bounds - solution.costs > (FINE if self.reference.feeds_back else FAR) * dense).all():
                 break  # some limit is filled; else what keeps them from it gives way, holds first
             solution = solve(easier)
         return solution
@@ -491,3 +493,10 @@ def _calibrate_every(control: Control, setting: Setting, update_every: int) -> i
 
 def _widths(masks: Sequence[Tensor]) -> list[int]:
     return [int(m.sum()) for m in masks]
+
+
+def _grain(setting: Setting) -> float:
+    """What the cheapest unit of the dense net costs, fraction of dense, where that is most."""
+    sizes, dense = np.array(setting.structure.sizes), setting.dense
+    ones = np.ones(len(sizes))
+    return max(float(c.marginals(sizes, ones).min()) / dense[k] for k, c in setting.costs.items())

@@ -9,10 +9,14 @@ Exact resources have s = 1. Reasons to solve again (`moved`): what is asked chan
 the last solution (a stage of the plan, a budget that the user changed); a run total asks for another use of a
 step than there is; at the budget, a measured use left its band, from `UNDER` below to `NOISE` above. All
 are fractions of dense; a run total's are of a dense step, its sums of a dense run.
+
+A run total that even the smallest net would miss by more than `MISSED`, as far as is known by now, is said
+once: steps have a part that does not shrink, and how large it is only the run shows.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +32,7 @@ from .base import Setting
 __all__ = ["Reference"]
 
 MOVED = 0.005  # of dense
+MISSED = 0.05  # of a run total's limit
 NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
 
 
@@ -44,6 +49,7 @@ class Reference:
         self._scales = {name: observer.init() for name in sorted(setting.measured)}
         self._spent: dict[str, tuple[float, float, float]] = {}  # run total -> (spent, limit, use now)
         self._solved: dict[str, float] | None = None  # what was asked for at the last solution
+        self._missed: set[str] = set()  # run totals that were said to be out of reach
 
     # --- what comes in --------------------------------------------------------------------------
 
@@ -62,6 +68,7 @@ class Reference:
         """The user changed the budget; the plan's position is kept, limits follow at the next update."""
         self.setting = setting
         self._spent = {k: v for k, v in self._spent.items() if k in setting.totals}
+        self._missed.clear()
         self._scales = {k: self._scales.get(k, self.observer.init()) for k in sorted(setting.measured)}
 
     def begin_at(self, level: float) -> None:
@@ -69,12 +76,27 @@ class Reference:
 
     def advance(self, progress: float, trend: Trend, stability: float) -> None:
         """One update of the plan; `progress`: the part of the horizon that has passed."""
+        self._say_what_is_missed(progress)
         plan = self._given.scaled(self._factor)
         self._plan = _update(plan, self._plan, progress, trend, stability)
         stage = 1.0 / self.stages
         position = np.ceil(self._plan.level / stage - 1e-9) * stage
         self.at_budget = self.level == 0.0
         self.level = min(self.level, float(position))
+
+    def _say_what_is_missed(self, progress: float) -> None:
+        for name, (spent, limit, _) in self._spent.items():
+            least = self._least(name)
+            end = spent + least * (1.0 - progress)
+            if end > limit * (1.0 + MISSED) and name not in self._missed:
+                self._missed.add(name)
+                warnings.warn(
+                    f"controlprune: {name} cannot end at {limit:.3g} of a dense run: {spent:.3g} is spent, "
+                    f"and a step of the smallest net still takes {least:.2g} of a dense one, so {end:.3g} is "
+                    "the least; the run goes on as small as it can. Loosen it (controller.budget = …), or "
+                    "train for fewer steps",
+                    stacklevel=6,
+                )
 
     # --- what is asked --------------------------------------------------------------------------
 
@@ -156,6 +178,7 @@ class Reference:
             "plan": pack(self._plan),
             "scales": {name: pack(state) for name, state in self._scales.items()},
             "spent": {name: list(three) for name, three in self._spent.items()},
+            "missed": sorted(self._missed),
             "solved": None if self._solved is None else dict(self._solved),
         }
 
@@ -166,6 +189,7 @@ class Reference:
         blank: ObserverState = self.observer.init()
         self._scales = {name: unpack(blank, saved) for name, saved in state["scales"].items()}
         self._spent = {name: (float(a), float(b), float(c)) for name, (a, b, c) in state["spent"].items()}
+        self._missed = set(state["missed"])
         self._solved = None if state["solved"] is None else dict(state["solved"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import pytest
 import torch
@@ -17,6 +18,48 @@ def test_the_sum_of_a_run_ends_on_its_budget(target: float) -> None:
     run = rig("residual", budget=cp.Budget(train_flops=target), policy=cp.Control(), total_steps=400)
     run.train(0, 400)
     assert run.controller.cost()["train_flops"].fraction == pytest.approx(target, rel=0.01)
+
+
+class Ticks:
+    """Seconds by hand: every step of a net with `share` of the FLOPs takes fixed + (1 − fixed) share."""
+
+    def __init__(self, fixed: float) -> None:
+        self.now, self.fixed = 0.0, fixed
+
+    def __call__(self) -> float:
+        return self.now
+
+    def step(self, share: float) -> None:
+        self.now += self.fixed + (1.0 - self.fixed) * share
+
+
+def timed(fixed: float, target: float, steps: int = 300) -> float:
+    """The whole run's seconds over a dense run's."""
+    ticks = Ticks(fixed)
+    run = rig(
+        "residual",
+        budget=cp.Budget(train_time=target),
+        policy=cp.Control(),
+        total_steps=steps,
+        instruments=cp.Instruments(clock=ticks),
+    )
+    for step in range(steps):
+        run.train(step, step + 1)
+        run.controller.shrink()  # for nets as small as these it would not pay
+        ticks.step(run.controller._metering.use)
+    return ticks() / steps
+
+
+@pytest.mark.parametrize("fixed", [0.05, 0.3])
+def test_time_is_met_whatever_part_of_a_step_does_not_shrink(fixed: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert timed(fixed, 0.6) == pytest.approx(0.6, rel=0.05)
+
+
+def test_a_total_out_of_reach_is_said_and_approached() -> None:
+    with pytest.warns(UserWarning, match=r"train_time cannot end at 0\.5 of a dense run"):
+        assert 0.7 < timed(0.7, 0.5) < 0.8
 
 
 def test_several_budgets_are_all_met() -> None:
