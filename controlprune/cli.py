@@ -15,8 +15,10 @@ from torch import nn
 from .budget import InfeasibleBudget
 from .demo import run
 from .history import History
+from .instruments import Instruments
 from .plots import plot
 from .report import structure_report, summary
+from .resources import Bench, costs
 from .structure import analyse
 from .tasks import TASKS, TaskError, load
 from .version import __version__
@@ -74,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,3,224,224",
         help="shape of a float input (batch first)",
     )
+    profile.add_argument(
+        "--measure",
+        action="store_true",
+        help="memory of a training step with Adam, and latency on this machine, too",
+    )
 
     report = commands.add_parser("report", help="a run's record as text and picture")
     report.set_defaults(command=_report)
@@ -106,14 +113,19 @@ def _train(options: argparse.Namespace) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     model = _build(options.factory)
+    inputs = (torch.randn(options.input),)
     try:
-        structure = analyse(model, (torch.randn(options.input),))
+        structure = analyse(model, inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = ",".join(map(str, options.input))
         raise UserError(
             f"{options.factory} does not run on a float input of shape {shape}: {error}"
         ) from error
-    print(structure_report(structure))
+    measured = {}
+    if options.measure and structure.groups:
+        bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments())
+        measured = costs(("memory", "latency"), structure, bench)
+    print(structure_report(structure, measured))
 
 
 def _build(name: str) -> nn.Module:
@@ -124,10 +136,10 @@ def _build(name: str) -> nn.Module:
     sys.path.insert(0, "")  # a module of the user's, in the current folder
     try:
         factory: Callable[[], object] = getattr(importlib.import_module(module_name), factory_name)
-    except ImportError as error:
-        raise UserError(f"cannot import {module_name}: {error}") from error
     except AttributeError as error:
-        raise UserError(f"{module_name} has no {factory_name}") from error
+        raise UserError(f"{module_name} has no {factory_name} ({error})") from error
+    except Exception as error:  # whatever the module's own code raises
+        raise UserError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
     try:

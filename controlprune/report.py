@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .allocation import feasible_range
+from .budget import UNITS
 from .cost.flops import flops
 from .cost.params import parameters
 from .cost.polynomial import Polynomial
@@ -26,7 +27,7 @@ __all__ = [
     "table",
 ]
 
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -46,7 +47,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def quantity(value: float, unit: str = "") -> str:
     """Three significant digits and a prefix: 1 234 567 FLOP -> "1.23 MFLOP"."""
-    scale, prefix = next(((s, p) for s, p in PREFIXES if abs(value) >= s), (1.0, ""))
+    below = PREFIXES[-1] if value else (1.0, "")
+    scale, prefix = next(((s, p) for s, p in PREFIXES if abs(value) >= s), below)
     digits = f"{value / scale:.3g}"
     return f"{digits} {prefix}{unit}".rstrip()
 
@@ -73,12 +75,12 @@ def refusals_table(structure: Structure) -> str:
     )
 
 
-def structure_report(structure: Structure) -> str:
-    """Groups, refusals and the range each budget can be asked for."""
+def structure_report(structure: Structure, measured: Mapping[str, Polynomial] | None = None) -> str:
+    """Groups, refusals and the range each budget can be asked for; `measured`: costs besides the counted."""
     if not structure.groups:
         parts = ["Nothing in this model can be pruned."]
     else:
-        parts = [groups_table(structure), _ranges_table(structure)]
+        parts = [groups_table(structure), _ranges_table(structure, measured or {})]
     if structure.refused:
         parts.insert(1, refusals_table(structure))
     return "\n\n".join(parts)
@@ -118,17 +120,17 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> str:
     return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _ranges_table(structure: Structure) -> str:
+def _ranges_table(structure: Structure, measured: Mapping[str, Polynomial]) -> str:
     """From the floor that `attach` keeps in every group to dense."""
-    named = {"flops": ("FLOP", flops(structure)), "params": ("", parameters(structure))}
-    ranges = feasible_range(
-        [cost for _, cost in named.values()], width_steps(structure.sizes, None), structure.sizes
-    )
-    rows = [
-        [name, _percent(least / dense), "100.0 %", quantity(least, unit), quantity(dense, unit)]
-        for (name, (unit, _)), (least, dense) in zip(named.items(), ranges, strict=True)
-        if dense > 0
-    ]
+    costs = {"flops": flops(structure), "params": parameters(structure), **measured}
+    floors = width_steps(structure.sizes, None)
+    rows = []
+    for name, cost in costs.items():
+        [(least, dense)] = feasible_range([cost], floors, structure.sizes)
+        if dense > 0:
+            unit = UNITS[name] if name != "params" else ""
+            ends = (quantity(value, unit) for value in (least, dense))
+            rows.append([name, _percent(least / dense), "100.0 %", *ends])
     return table(["budget", "from", "to", "least", "dense"], rows)
 
 

@@ -33,6 +33,7 @@ def number():
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "their_nets.py").write_text(MODULE)
+    (tmp_path / "broken_nets.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
@@ -96,6 +97,13 @@ def test_profile_shows_the_groups_of_a_users_model(here: Path, capsys: pytest.Ca
     assert "flops" in text
 
 
+def test_profile_measures_where_it_is_asked_to(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "their_nets:net", "--input", "3,4", "--measure"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["memory"].rstrip().endswith("B")
+    assert rows["latency"].rstrip().endswith("s")
+
+
 def test_report_tells_and_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_up_run().write(tmp_path / "run.jsonl")
     assert main(["report", str(path)]) == 0
@@ -110,6 +118,7 @@ def test_report_tells_and_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["report", "their_nets.py"], "is not a controlprune history"),
         (["profile", "nets", "--input", "1"], "is not MODULE:FACTORY"),
         (["profile", "no_such_module:f", "--input", "1"], "cannot import no_such_module"),
+        (["profile", "broken_nets:net", "--input", "1"], "cannot import broken_nets: ZeroDivisionError"),
         (["profile", "their_nets:absent", "--input", "1"], "nets has no absent"),
         (["profile", "their_nets:needs_width", "--input", "1,4"], "cannot be called without arguments"),
         (["profile", "their_nets:number", "--input", "1,4"], "made a int, not a torch.nn.Module"),
