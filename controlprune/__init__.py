@@ -7,6 +7,7 @@ from .export import load, save
 from .history import History
 from .instruments import Instruments
 from .meters import Wattage
+from .packed import Packed
 from .plots import plot
 from .policies.control import Control
 from .structure import find_groups
@@ -19,6 +20,7 @@ __all__ = [
     "History",
     "InfeasibleBudget",
     "Instruments",
+    "Packed",
     "Price",
     "Wattage",
     "__version__",

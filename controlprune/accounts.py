@@ -189,6 +189,9 @@ class Accounts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What was spent before counts; what passed between the save and now does not."""
+        for name in ("counts", "elapsed", "joules", "done", "jumps"):
+            if not 0.0 <= float(state[name]) < math.inf:
+                raise ValueError(f"accounts: {name}={state[name]!r} is no amount")
         self._counts, self._elapsed = float(state["counts"]), float(state["elapsed"])
         self._done, self.jumps = int(state["done"]), int(state["jumps"])
         self._dense = [float(x) for x in state["dense"]]

@@ -39,7 +39,7 @@ from .metering import Metering
 from .policies.base import Decision, Policy, Setting
 from .replay import Batch, Recorder, batch_size
 from .resources import Survey
-from .resume import FORMAT, budget_of, plain_budget, require_state
+from .resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
 from .structure.groups import Group
 
 __all__ = ["Controller", "Cost", "require_unattached"]
@@ -567,7 +567,7 @@ class Controller:
             "layouts": self._layouts.state_dict(),
             "seconds": [time.process_time() - self._began, self._overhead],
         }
-        return copy.deepcopy(state)
+        return signed(copy.deepcopy(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
@@ -578,10 +578,12 @@ class Controller:
             budget, survey = budget_of(state["budget"]), Survey.of(state["survey"])
             setting = self._settle(budget, survey)
             loop = self._policy.begin(setting)
+            require_alike(loop.state_dict(), state["loop"])
             loop.load_state_dict(state["loop"])
             _new_history(self._setting).load_state_dict(state["history"])
             accounts = self._metering.restored(budget, state["accounts"])
-            steps, skipped, bad = (int(n) for n in state["counts"])
+            require_alike({"counts": [0, 0, 0]}, {"counts": state["counts"]})
+            steps, skipped, bad = state["counts"]
             seconds, overhead = (float(x) for x in state["seconds"])
             layouts, loss = Layouts.of(state["layouts"]), float(state["loss"])
             intake = Intake(self._plant)

@@ -219,6 +219,21 @@ class GateController:
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
         for name in _MEMORY:
             setattr(self, name, state[name])
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        """ValueError unless the next step of learning can be made."""
+        if len(self.phi) != len(self.table):
+            raise ValueError(
+                f"gates: {len(self.phi)} experiments in one table, {len(self.table)} in the other"
+            )
+        for parameter, entries in self.optimizer.state.items():
+            moments = [entries.get(name) for name in ("exp_avg", "exp_avg_sq")]
+            if any(not isinstance(m, Tensor) or m.shape != parameter.shape for m in moments):
+                raise ValueError("gates: moments of another network")
+            step = entries.get("step")
+            if not (isinstance(step, Tensor) and step.numel() == 1 and float(step) >= 0.0):
+                raise ValueError(f"gates: {step!r} is no count of steps")
 
 
 _MEMORY = ("phi", "table")

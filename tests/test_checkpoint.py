@@ -14,6 +14,9 @@ from rig import QUICK, Rig, assert_same_bits, batch, bits, hooks, rig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import controlprune as cp
+from controlprune.resume import signed
+
 
 def cut(net: str = "mlp", layout: str = "compact", optimizer: str = "adam") -> Rig:
     """A run in which units are off, in either layout."""
@@ -199,20 +202,39 @@ def good_state() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CORRUPT)
 def test_a_state_that_is_not_this_controllers_is_refused_whole(name: str, good_state: dict[str, Any]) -> None:
+    """Also where the checksum says that it was written so."""
     change, message = CORRUPT[name]
     fresh = rig(seed=1, total_steps=60)
     fresh.train(0, 2)
     state = copy.deepcopy(good_state)
     change(state)
-    before, own = bits(fresh.model, fresh.optimizer), fresh.controller.state_dict()
+    if "checksum" in state:
+        state = signed(state)
+    before, own = bits(fresh.model, fresh.optimizer), still(fresh.controller)
     with pytest.raises(ValueError, match=f"state_dict: .*{message}"):
         fresh.controller.load_state_dict(state)
     assert_same_bits(before, bits(fresh.model, fresh.optimizer))
-    after = fresh.controller.state_dict()
-    after["seconds"] = own["seconds"]
-    assert pickle.dumps(flat(own)) == pickle.dumps(flat(after))
+    assert own == still(fresh.controller)
     fresh.controller.load_state_dict(good_state)
     fresh.train(25, 27)
+
+
+def test_a_state_that_was_changed_on_its_way(good_state: dict[str, Any]) -> None:
+    fresh = rig(seed=1, total_steps=60)
+    before, own = bits(fresh.model, fresh.optimizer), still(fresh.controller)
+    for change in (set_to("loss", value=0.5), lambda s: s["loop"]["moments"]["first"].mul_(2.0)):
+        state = copy.deepcopy(good_state)
+        change(state)
+        with pytest.raises(ValueError, match=r"state_dict: .*corrupt.*checksum does not match"):
+            fresh.controller.load_state_dict(state)
+    assert_same_bits(before, bits(fresh.model, fresh.optimizer))
+    assert own == still(fresh.controller)
+
+
+def still(controller: cp.Controller) -> bytes:
+    """All of its state but the clock, to compare."""
+    state = controller.state_dict()
+    return pickle.dumps(flat({k: v for k, v in state.items() if k not in ("seconds", "checksum")}))
 
 
 def flat(value: Any) -> Any:

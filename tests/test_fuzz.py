@@ -8,8 +8,10 @@ default, all 10,000 with `pytest -m slow tests/test_fuzz.py`.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import pickle
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -19,12 +21,14 @@ from typing import Any
 
 import pytest
 import torch
-from rig import NETS, assert_same_bits, batch, bits, rig
+from rig import NETS, Rig, assert_same_bits, batch, bits, rig
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_checkpoint import flat, still
 from torch import Tensor, nn
 
 import controlprune as cp
+from controlprune import resume
 from controlprune.export import signed
 
 FEW, MANY = 200, 5000  # of each kind: files, states
@@ -150,7 +154,7 @@ def bend(tensors: dict[str, Tensor], draw: random.Random) -> str:
         tensors[f"{name}x"] = tensors.pop(name)
     elif kind == "value" and tensor.numel():
         tensor.view(-1)[draw.randrange(tensor.numel())] = (
-            draw.choice((math.nan, -1.0, 1e30)) if tensor.is_floating_point() else 1
+            draw.choice((0.0, -1.0, 3.0)) if tensor.is_floating_point() else 1
         )
     elif kind == "type":
         tensors[name] = tensor.to(draw.choice((torch.int64, torch.float64, torch.bool, torch.float16)))
@@ -232,3 +236,109 @@ def test_mutated_files(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_5000_mutated_files(tmp_path: Path) -> None:
     print(fuzz_files(tmp_path, MANY, seed=1))
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+NUMBERS = (*WORDS, torch.zeros(3), torch.zeros(0), torch.tensor(math.nan), torch.ones(32).bool())
+STEPS = 60
+
+
+@lru_cache
+def saved_state(net: str, layout: str) -> tuple[dict[str, Any], bytes]:
+    """A good state, and the file that torch.save makes of it."""
+    run = rig(net, total_steps=STEPS)
+    run.train(0, 25)
+    if layout == "compact":
+        run.controller.shrink()
+        run.train(25, 27)
+    state = run.controller.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    return state, file.getvalue()
+
+
+def tensors_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    return [way for way in places(value) if isinstance(at(value, way), Tensor)]
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def bend_state(state: dict[str, Any], draw: random.Random) -> str:
+    """A tensor of a nested state is swapped, cut, cast, or has another number in it."""
+    ways = tensors_in(state)
+    path, other = draw.choice(ways), draw.choice(ways)
+    tensors = {"this": at(state, path), "other": at(state, other).clone()}
+    what = bend(tensors, draw)
+    at(state, path[:-1])[path[-1]] = tensors.get("this", torch.zeros(1))
+    return f"{what} at {path}"
+
+
+def mutated_state(net: str, layout: str, draw: random.Random) -> tuple[dict[str, Any] | None, str]:
+    """None: torch refuses the file."""
+    good, data = saved_state(net, layout)
+    kind = draw.choice(("bytes", "values", "tensors", "signed values", "signed values", "signed tensors"))
+    if kind == "bytes":
+        content, change = bytearray(data), draw.choice(BYTES)
+        change(content, draw)
+        try:
+            return torch.load(io.BytesIO(content), weights_only=True), change.__name__
+        except Exception:
+            return None, change.__name__
+    state = copy.deepcopy(good)
+    what = edit(state, draw, NUMBERS) if "values" in kind else bend_state(state, draw)
+    return resume.signed(state) if "signed" in kind else state, f"{kind}: {what}"
+
+
+def goes_on(run: Rig) -> None:
+    run.train(run.controller.steps, min(STEPS, run.controller.steps + 9))
+    run.controller.state_dict()
+    run.controller.report()
+    run.controller.finalize()
+
+
+def fuzz_states(count: int, seed: int) -> Counter[str]:
+    draw, seen = random.Random(seed), Counter[str]()
+    runs: dict[str, Rig] = {}
+    for number in range(count):
+        net, layout = draw.choice(list(NETS)), draw.choice(("masked", "compact"))
+        state, what = mutated_state(net, layout, draw)
+        if state is None:
+            seen["refused by torch"] += 1
+            continue
+        where = f"{number} {net} {layout} {what}"
+        if net not in runs:
+            runs[net] = rig(net, total_steps=STEPS, seed=1)
+            runs[net].train(0, 2)
+        run = runs[net]
+        before, own = bits(run.model, run.optimizer), still(run.controller)
+        error = raised(lambda run=run, state=state: run.controller.load_state_dict(state))
+        if error is not None:
+            assert isinstance(error, ValueError), f"{where}: {error!r}"
+            assert str(error).startswith("state_dict: "), f"{where}: {error}"
+            assert_same_bits(before, bits(run.model, run.optimizer))
+            assert own == still(run.controller), where
+            seen["refused"] += 1
+            continue
+        if not what.startswith("signed"):
+            expected = dict(saved_state(net, layout)[0])
+            assert pickle.dumps(flat(state)) == pickle.dumps(flat(expected)), where
+        error = raised(lambda run=run: goes_on(run))
+        assert error is None, f"{where}: accepted, then {error!r}"
+        del runs[net]
+        seen["accepted, " + what.split(":")[0]] += 1
+    return seen
+
+
+def test_mutated_states() -> None:
+    seen = fuzz_states(FEW, seed=0)
+    assert seen["refused"] > 0.5 * FEW
+
+
+@pytest.mark.slow
+def test_5000_mutated_states() -> None:
+    print(fuzz_states(MANY, seed=1))

@@ -130,6 +130,8 @@ class Prices:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._scale = float(state["scale"])
+        if not self._scale > 0.0:
+            raise ValueError(f"prices: scale={self._scale} is not positive")
         for name, regulator in self._regulators.items():
             saved = state["loops"][name]
             self._regulators[name] = unpack(regulator, saved["gains"])

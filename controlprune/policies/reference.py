@@ -185,12 +185,14 @@ class Reference:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.level, self.at_budget = float(state["level"]), bool(state["at_budget"])
         self._factor = float(state["factor"])
+        self._given.scaled(self._factor)  # an error if it cannot be
         self._plan = unpack(self._given.init(), state["plan"])
         blank: ObserverState = self.observer.init()
         self._scales = {name: unpack(blank, saved) for name, saved in state["scales"].items()}
         self._spent = {name: (float(a), float(b), float(c)) for name, (a, b, c) in state["spent"].items()}
-        self._missed = set(state["missed"])
-        self._solved = None if state["solved"] is None else dict(state["solved"])
+        self._missed = {str(name) for name in state["missed"]}
+        solved = state["solved"]
+        self._solved = None if solved is None else {name: float(value) for name, value in solved.items()}
 
 
 def _update(
