@@ -32,6 +32,7 @@ from .gauge import Gauge
 from .history import History, Record
 from .instruments import Instruments
 from .intake import Intake
+from .interrupts import uninterrupted
 from .layouts import Layouts, progress, widths_of
 from .links import Link
 from .masking import Plant, checked
@@ -216,23 +217,24 @@ class Controller:
     def step(self, loss: Tensor | float) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
         self._require_live("step")
-        started = time.process_time()
-        full = self._intake.after_step(loss)
-        self.steps += 1
-        self._metering.step()
-        if self.steps == self._setting.total_steps + 1:
-            warnings.warn(
-                f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the masks "
-                "hold from here on",
-                stacklevel=2,
-            )
-        self._replicas.watch_for_ddp(self.model, self.replicate)
-        if self._due:
-            self._update()
-        elif full and self._replicas.alone:
-            self._read()
-        self._arm()
-        self._overhead += time.process_time() - started
+        with uninterrupted():
+            started = time.process_time()
+            full = self._intake.after_step(loss)
+            self.steps += 1
+            self._metering.step()
+            if self.steps == self._setting.total_steps + 1:
+                warnings.warn(
+                    f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the "
+                    "masks hold from here on",
+                    stacklevel=2,
+                )
+            self._replicas.watch_for_ddp(self.model, self.replicate)
+            if self._due:
+                self._update()
+            elif full and self._replicas.alone:
+                self._read()
+            self._arm()
+            self._overhead += time.process_time() - started
 
     @property
     def _due(self) -> bool:
@@ -325,6 +327,7 @@ class Controller:
             self._metering.beside(dense=3.0)
             self._event = ",".join(kind for kind in (self._event, "probe") if kind)
 
+    @uninterrupted()
     def _relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
         """The one way to other masks or the other layout."""
         compact = compact and not all(bool(m.all()) for m in masks)
@@ -499,6 +502,7 @@ class Controller:
 
     # --- the end --------------------------------------------------------------------------------
 
+    @uninterrupted()
     def finalize(self) -> nn.Module:
         """The same model object, plain, dense and small, inside the budget; the optimizer stays valid."""
         self._require_live("finalize")
@@ -522,6 +526,7 @@ class Controller:
         self._close()
         return self._plant.model
 
+    @uninterrupted()
     def detach(self) -> nn.Module:
         """The model as it was found: dense, with all learned weights, no hooks."""
         self._require_live("detach")
@@ -569,6 +574,7 @@ class Controller:
         }
         return signed(copy.deepcopy(state))
 
+    @uninterrupted()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
         self._require_live("load_state_dict")

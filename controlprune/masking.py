@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .columns import Gather, Later, Watch, gather, inner, per_unit, select_others
+from .interrupts import uninterrupted
 from .optimizers import Factored, check_optimizer, factored, travelling
 from .parking import check_packed, pack, unpack
 from .shrink import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
@@ -287,6 +288,7 @@ class Plant:
         if self.optimizer is not None:
             places = [(tensors[s.name], resting_rows(s), at(s.cuts, "silent")) for s in resting]
 
+            @uninterrupted()
             def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 with torch.no_grad():
                     for parameter, rows, silent in places:

@@ -47,14 +47,7 @@ def ranks(world: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
 def run(body: Callable[..., None], world: int, arguments: dict[str, Any]) -> None:
     """The body on every rank; raises what the failing ranks raised, the first first."""
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])  # the server's
-        where = (body.__module__, body.__qualname__)
-        processes = [
-            _context.Process(target=_work, args=(rank, world, folder, where, arguments), daemon=True)
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
+        processes = start(body, world, folder, arguments)
         try:
             _wait(processes)
         finally:
@@ -66,6 +59,19 @@ def run(body: Callable[..., None], world: int, arguments: dict[str, Any]) -> Non
             raise AssertionError("\n".join(f"{path.name}\n{path.read_text()}" for path in failed))
         codes = [process.exitcode for process in processes]
         assert codes == [0] * world, f"exit codes {codes}"
+
+
+def start(body: Callable[..., None], world: int, folder: str, arguments: dict[str, Any]) -> list[Any]:
+    """The processes, begun; they meet in the folder, and write there why they failed."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])  # the server's
+    where = (body.__module__, body.__qualname__)
+    processes = [
+        _context.Process(target=_work, args=(rank, world, folder, where, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _wait(processes: list[Any]) -> None:

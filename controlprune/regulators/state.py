@@ -39,7 +39,7 @@ def unpack(prototype: S, saved: Any) -> S:
         if array.shape != prototype.shape:
             raise ValueError(f"an array of shape {array.shape} where {prototype.shape} belongs")
         return array
-    known: Any = saved
-    if prototype is None and not (known is None or type(known) in (int, float)):
-        raise ValueError(f"{known!r} where None or a number belongs")
-    return tuple(known) if isinstance(prototype, tuple) else known
+    if prototype is None and not (saved is None or type(saved) in (int, float)):
+        raise ValueError(f"{saved!r} where None or a number belongs")
+    value: Any = tuple(saved or ()) if isinstance(prototype, tuple) else saved
+    return value
