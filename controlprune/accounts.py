@@ -6,8 +6,9 @@
     train_energy    what the meter says since attach
 
 A fraction is of `total_steps` dense steps. What one takes is the median over the steps that ran dense
-(at least `ENOUGH` of them where the plan leaves as many); where none does, that of the layout that ran over
-what its model says. A limit in seconds, joules or FLOP is turned into a fraction by it.
+(at least `ENOUGH` of them where the plan leaves as many), less what the controller itself took of them; where
+none ran dense, that of the layout that ran over what its model says. A limit in seconds, joules or FLOP is
+turned into a fraction by it.
 
 A single interval of more than `JUMP` medians, or a negative one, is a clock that jumped or a machine that
 slept, not training: it is left out of both and counted.
@@ -83,8 +84,8 @@ class Accounts:
             )
         self.targets = dict(targets)
 
-    def step(self, use: float) -> None:
-        """A step is over whose layout needs `use` of the dense FLOPs."""
+    def step(self, use: float, own: float = 0.0) -> None:
+        """A step is over: `use` of the dense FLOPs, `own` seconds of it in the controller."""
         self._done += 1
         self._counts += use
         if TIME not in self.targets:
@@ -100,7 +101,7 @@ class Accounts:
             return  # the first one warms up, and began at attach
         self._window.append(passed)
         if use == 1.0 and len(self._dense) < ENOUGH:
-            self._dense.append(passed)
+            self._dense.append(max(passed - own, 0.0))
 
     def beside(self, forwards: float) -> None:
         """Forward passes of dense cost that were not training (ablations; a probe is three)."""

@@ -209,9 +209,11 @@ class Controller:
     def _observe(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before the optimizer runs: are there gradients, and what do the gates see?"""
         started = time.process_time()
+        self._metering.enter()
         self._checkpoints.require_admitted()
         read = self._loop.wants_gradients(self.steps + 1) or self._recorder.batch is not None
         self._intake.before_step(optimizer, read=read)
+        self._metering.leave()
         self._overhead += time.process_time() - started
 
     def step(self, loss: Tensor | float) -> None:
@@ -219,6 +221,7 @@ class Controller:
         self._require_live("step")
         with uninterrupted():
             started = time.process_time()
+            self._metering.enter()
             full = self._intake.after_step(loss)
             self.steps += 1
             self._metering.step()
@@ -234,6 +237,7 @@ class Controller:
             elif full and self._replicas.alone:
                 self._read()
             self._arm()
+            self._metering.leave()
             self._overhead += time.process_time() - started
 
     @property

@@ -51,10 +51,23 @@ class Metering:
         )
         self.accounts: Accounts = self._open(budget)
         self._agree = agree
+        self._clock = instruments.clock
+        self._entered, self._own = 0.0, 0.0  # seconds in the controller since the last step
+
+    def enter(self) -> None:
+        """The controller begins to work."""
+        self._entered = self._clock()
+
+    def leave(self) -> None:
+        """And ends."""
+        self._own += self._clock() - self._entered
 
     def step(self) -> None:
-        """A training step is over."""
-        self.accounts.step(self.use)
+        """A training step is over, the controller at work."""
+        self.leave()
+        self.accounts.step(self.use, self._own)
+        self._own = 0.0
+        self.enter()
 
     def beside(self, live: float = 0.0, dense: float = 0.0) -> None:
         """Forward passes that were not training, of the live and of the dense net."""

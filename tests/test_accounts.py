@@ -72,6 +72,18 @@ def test_seconds_become_a_fraction_once_a_dense_step_is_known() -> None:
     assert book.read({"train_time": 1.0})[0].limit == pytest.approx(0.4)
 
 
+def test_what_the_controller_takes_is_spent_but_not_dense_training() -> None:
+    clock = Clock()
+    book = accounts(clock, train_time=Target(0.5, True))
+    for _ in range(20):
+        clock.now += 0.012
+        book.step(1.0, own=0.002)
+    [account] = book.read({"train_time": 1.0})
+    assert book.dense()["train_time"] == pytest.approx(1.0)
+    assert account.step == pytest.approx(1.2)
+    assert account.spent == pytest.approx(0.24)
+
+
 def test_a_run_that_never_was_dense_takes_the_models_word() -> None:
     clock = Clock()
     book = accounts(clock, train_time=Target(0.5, True))

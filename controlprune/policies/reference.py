@@ -3,15 +3,18 @@
     planner      level ℓ(t) from 1 (dense) to 0 (budget), in stages            (regulators/plan.py, mpc.py)
     model's own  r_k = β_k + (1 − β_k) ℓ                 β_k: the budget, fraction of dense
     run totals   the same, with β_k solved anew from what was spent            (regulators/totals.py)
-    measured     a limit r_k on the real use is r_k / s_k on the modelled use  (regulators/observer.py)
+    measured     real use y = s m(n) of latency and energy: a limit r is r / s on the modelled use
+    per step     y = 1 − s (1 − m(n)) of train_time and train_energy, as a dense step is 1 whatever of it
+                 does not shrink: a limit r is 1 − (1 − r) / s                  (s: regulators/observer.py)
 
 Exact resources have s = 1. Reasons to solve again (`moved`): what is asked changed by more than `MOVED` since
 the last solution (a stage of the plan, a budget that the user changed); a run total asks for another use of a
 step than there is; at the budget, a measured use left its band, from `UNDER` below to `NOISE` above. All
 are fractions of dense; a run total's are of a dense step, its sums of a dense run.
 
-A run total that even the smallest net would miss by more than `MISSED`, as far as is known by now, is said
-once: steps have a part that does not shrink, and how large it is only the run shows.
+The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
+the smallest net would miss by more than `MISSED`, as far as is known by now, is said once: how much of a step
+does not shrink only the run shows.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from .base import Setting
 __all__ = ["Reference"]
 
 MOVED = 0.005  # of dense
+LITTLE = 0.05  # of a dense step
+HASTE = 0.7  # on the times of a plan that turns out to be too slow for a run total
 MISSED = 0.05  # of a run total's limit
 NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
 
@@ -55,12 +60,18 @@ class Reference:
 
     def feel(self, resource: str, modelled: float, measured: float, spread: float) -> None:
         """A measurement of the use at the widths for which the model says `modelled`."""
+        if resource in self.setting.totals:  # savings are compared; next to dense they tell nothing
+            saving = 1.0 - modelled
+            if saving < LITTLE:
+                return
+            spread *= measured / saving
+            modelled, measured = saving, max(1.0 - measured, LITTLE * saving)
         self._scales[resource] = self.observer.update(self._scales[resource], modelled, measured, spread)
 
     def account(self, resource: str, spent: float, limit: float, modelled: float) -> None:
         """What the run has used of a total so far and may use in all; `modelled`: of a step now."""
         known = resource in self._spent
-        self._spent[resource] = (spent, limit, modelled * self.scale(resource))
+        self._spent[resource] = (spent, limit, self._real(resource, modelled))
         if not known:
             self._factor = min(self._factor, hastened(limit, self._ahead_at))
 
@@ -77,12 +88,22 @@ class Reference:
     def advance(self, progress: float, trend: Trend, stability: float) -> None:
         """One update of the plan; `progress`: the part of the horizon that has passed."""
         self._say_what_is_missed(progress)
+        if self.level > 0.0 and self._late(progress):
+            self._factor *= HASTE
         plan = self._given.scaled(self._factor)
         self._plan = _update(plan, self._plan, progress, trend, stability)
         stage = 1.0 / self.stages
         position = np.ceil(self._plan.level / stage - 1e-9) * stage
         self.at_budget = self.level == 0.0
         self.level = min(self.level, float(position))
+
+    def _late(self, progress: float) -> bool:
+        """Would some run total need an end below the smallest net, if the cut went on as planned?"""
+        ahead = self._ahead(progress)
+        return any(
+            rest(mean_left(limit, spent, progress), ahead) < self._least(name)
+            for name, (spent, limit, _) in self._spent.items()
+        )
 
     def _say_what_is_missed(self, progress: float) -> None:
         for name, (spent, limit, _) in self._spent.items():
@@ -112,15 +133,26 @@ class Reference:
         return {name: end + (1.0 - end) * self.level for name, end in ends.items()}
 
     def modelled(self, asked: Mapping[str, float]) -> dict[str, float]:
-        """r_k / s_k, of the modelled use."""
-        return {name: r / self.scale(name) for name, r in asked.items()}
+        """The limits r_k, of the modelled use; none below what the smallest net needs."""
+        setting = self.setting
+        least = {name: setting.fraction(name, setting.floors) * (1 + 1e-9) for name in asked}
+        return {name: max(self._model(name, r), least[name]) for name, r in asked.items()}
+
+    def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
+        """The real use at these widths, as far as it is known."""
+        setting = self.setting
+        return {name: self._real(name, setting.fraction(name, widths)) for name in setting.costs}
 
     def scale(self, name: str) -> float:
         return self._scales[name].scale if name in self._scales else 1.0
 
-    def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
-        """The real use at these widths, as far as it is known: modelled, times s."""
-        return {name: self.setting.fraction(name, widths) * self.scale(name) for name in self.setting.costs}
+    def _real(self, name: str, modelled: float) -> float:
+        s = self.scale(name)
+        return 1.0 - s * (1.0 - modelled) if name in self.setting.totals else s * modelled
+
+    def _model(self, name: str, real: float) -> float:
+        s = self.scale(name)
+        return 1.0 - (1.0 - real) / s if name in self.setting.totals else real / s
 
     def met(self, widths: tuple[int, ...]) -> bool:
         """Are the budgets of the model itself met, measured ones within what a measurement can tell?"""
@@ -153,13 +185,18 @@ class Reference:
 
     def describe(self) -> list[str]:
         """How far the models of measured resources were off, for the report."""
+        totals = self.setting.totals
+        what = {
+            name: "saved over modelled savings" if name in totals else "measured over modelled"
+            for name in self._scales
+        }
         return [
-            f"{name}: measured over modelled {state.scale:.3f} (the limit is corrected by it)"
+            f"{name}: {what[name]} {state.scale:.3f} (the limit is corrected by it)"
             for name, state in self._scales.items()
         ]
 
     def _least(self, name: str) -> float:
-        return self.setting.fraction(name, self.setting.floors) * self.scale(name)
+        return self._real(name, self.setting.fraction(name, self.setting.floors))
 
     def _ahead(self, progress: float) -> float:
         """Mean level over the steps that are left, if all goes as planned."""
