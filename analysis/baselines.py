@@ -30,7 +30,7 @@ from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
 from controlprune.tasks import Task
 
-__all__ = ["after", "controlled", "dense", "from_scratch", "static", "structure_of", "uniform_widths"]
+__all__ = ["after", "controlled", "dense", "from_scratch", "static", "structure_of", "top", "uniform_widths"]
 
 CUT_AT = 2 / 3  # of the run, for "after"
 
@@ -119,11 +119,12 @@ def _cut(side: Side, structure: Structure, scores: Sequence[Tensor] | None, widt
     """Keep the units of highest score (default: norm of their readers), for good."""
     plant = Plant(side.model, side.optimizer, structure)
     chosen = plant.weight_norms() if scores is None else scores
-    plant.apply([_top(score, width) for score, width in zip(chosen, widths, strict=True)], compact=True)
+    plant.apply([top(score, width) for score, width in zip(chosen, widths, strict=True)], compact=True)
     plant.harden()
 
 
-def _top(score: Tensor, width: int) -> Tensor:
+def top(score: Tensor, width: int) -> Tensor:
+    """The mask of the units of highest score."""
     mask = torch.zeros(len(score), dtype=torch.bool)
     mask[score.topk(width).indices] = True
     return mask

@@ -89,7 +89,7 @@ def latency(
     """
     device, dtype = _where(model)
     parts = families(structure, model)
-    key = _signature(structure, inputs, steps, f"{device_name(device, dtype)} {clock.__qualname__}")
+    key = _signature(structure, inputs, steps, f"{device_name(device, dtype)} {_name_of(clock)}")
     known = None if anew else _read(read_cache("latency", cache).get(key), parts)
     if known is not None:
         return Latency(_polynomial(structure, parts, known[0]), *known)
@@ -207,6 +207,11 @@ def _where(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     if first.device.type == "meta":
         raise ValueError("model: it lies on the meta device, where nothing runs; move it to the real one")
     return first.device, first.dtype
+
+
+def _name_of(clock: Clock) -> str:
+    """Of a function, or of the class of an object that can be called."""
+    return getattr(clock, "__qualname__", type(clock).__qualname__)
 
 
 def _signature(structure: Structure, inputs: ExampleInputs, steps: Sequence[int] | None, machine: str) -> str:

@@ -381,6 +381,8 @@ class ControlLoop:
             binding = most if self.reference.at_budget else None
             least = floors(least, setting.steps, even, trust, _widths(masks), binding)
         price = np.array([0.0 if exact else self._price()[k] for k in names]) / dense
+        # dormant units are worth much the same: at a price they come back all at once, as many as may
+        back = most if exact else np.maximum(np.array(setting.steps), most // 2)
         young = torch.split(self.age < control.dwell, list(setting.structure.sizes))
         bounds = np.array([limits.get(k, np.inf) if exact else np.inf for k in names]) * dense
         problem = Problem(
@@ -392,7 +394,7 @@ class ControlLoop:
             steps=setting.steps,
             grains=setting.grains,
             masks=tuple(m.numpy() for m in masks),
-            held=held(values, masks, young, most),
+            held=held(values, masks, young, back),
             hysteresis=control.hysteresis,
             tolerance=FINE if self.reference.feeds_back else min(max(_grain(setting), NEAR), FAR),
             resources=names,

@@ -37,7 +37,7 @@ RATE = 0.7  # of the log price per update: masks answer slower than any price ca
 TRUSTED = 3.0  # factor about the prior belief within which an identified gain is believed
 SLOWEST = 0.5  # pole: a false one is an overlarge proportional gain, K_P = K_I a / (1 − a)
 REDESIGN = 8  # updates; as many must have been seen before the first one
-LATE = 6.0  # updates of delay that the loop must bear beside the plant's own
+LATE = 8.0  # updates of delay that the loop must bear beside the plant's own
 UNKNOWN = 1e-2  # s before any values were seen, loss per dense use
 
 

@@ -128,7 +128,7 @@ class Reference:
             if self.level > 0.0:
                 end = rest(mean_left(limit, spent, progress), self._ahead(progress))
             else:
-                end = steady(limit, spent, progress, use)
+                end = steady(limit, spent, progress, use, (self._solved or {}).get(name))
             ends[name] = max(end, self._least(name))
         return {name: end + (1.0 - end) * self.level for name, end in ends.items()}
 

@@ -11,7 +11,8 @@ with the widths. It is estimated while the loop runs, by a scalar Kalman filter 
 A limit r on the real use is then the limit r / s on the modelled one, which the solver meets exactly: at rest
 y = r whatever the constant error of the model was. y and m belong to the same widths, so a measurement that
 comes late corrects late but does not make the loop oscillate: the loop through z is closed only by how much
-s itself depends on the widths (its slope σ = ∂log s/∂log m, small), L(z) = K σ z^{−d} / (z − 1).
+s itself depends on the widths (its slope σ = ∂log s/∂log m, small), L(z) = K σ z^{−d} / (z − 1). z itself is
+corrected by 1 − K per measurement; drift = spread keeps K at 0.62, which bears being doubled.
 
 Limit cases: spread → 0 is deadbeat (s = y/m at once); drift = 0 averages all measurements.
 y and m in the same unit; drift and spread are relative (0.05: five per cent).
@@ -42,7 +43,7 @@ class Observer:
 
     doubt: float = 0.3  # relative error of the model before anything is measured
     drift: float = 0.05  # by which s moves between two measurements
-    spread: float = 0.02  # least relative error that a measurement is believed to have
+    spread: float = 0.05  # least relative error that a measurement is believed to have
 
     def __post_init__(self) -> None:
         for name, least in (("doubt", 0.0), ("drift", 0.0), ("spread", 1e-9)):

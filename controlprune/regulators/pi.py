@@ -36,9 +36,9 @@ class PIState:
 
 @dataclass(frozen=True)
 class PI:
-    """Settings. The default gains are `design(Response(gain=0.3, delay=1), delay_margin=6)`."""
+    """Settings. The default gains are `design(Response(gain=0.3, delay=1), delay_margin=8)`."""
 
-    integral: float = 0.697  # K_I, per update
+    integral: float = 0.551  # K_I, per update
     proportional: float = 0.0  # K_P
     smoothing: float = 0.0  # ν
     initial: float = 1.0

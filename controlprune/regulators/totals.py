@@ -14,12 +14,15 @@ planned, the only unknown is where the steps end up::
 solved anew at every update from what was really spent, so that a late cut, a controller that costs time or a
 machine that slows down are made up for in the rest of the run. L → 1 (no time left to cut) asks for dense if
 f ≥ 1 and for nothing otherwise. Once the plan has come to its end, `steady` asks for a change of the use u
-only where the sum would miss by more than `DEAD`, and never for more than fits into `SHORT`::
+only where the sum would miss by more than `DEAD`, and never for more than fits into `SHORT`; from what was
+asked for last, β′, it goes half the way::
 
-    ε = limit − spent − u (1 − τ),      β = u where |ε| ≤ DEAD · limit,   else  u + ε / max(1 − τ, SHORT)
+    ε = limit − spent − u (1 − τ)
+    β = u where |ε| ≤ DEAD · limit,  else  β′ + HALF (u + ε / max(1 − τ, SHORT) − β′)
 
-which is f for 1 − τ ≥ SHORT; after that the gain on ε stays bounded, and a small rest is not thrown at the
-last steps.
+u + ε / (1 − τ) is f. To go all the way is to be at the margin when a change does twice what it should: u then
+swings from update to update. In the last steps the gain on ε stays bounded, and a small rest is not thrown at
+them.
 
 `hastened`: how much faster the plan must be (a factor on its times) for the end to be no lower than
 `share` of the mean, β ≥ share · limit, so that a small total is met by a moderate net cut early and not by
@@ -34,6 +37,7 @@ __all__ = ["hastened", "mean_left", "rest", "steady"]
 
 DEAD = 0.002  # of the limit
 SHORT = 0.1
+HALF = 0.5
 STEPS = 40  # of the bisection
 
 
@@ -50,13 +54,14 @@ def rest(mean: float, ahead: float) -> float:
     return min(1.0, (mean - ahead) / (1.0 - ahead))
 
 
-def steady(limit: float, spent: float, progress: float, use: float) -> float:
-    """β from the use per step now; between 0 and 1."""
+def steady(limit: float, spent: float, progress: float, use: float, asked: float | None = None) -> float:
+    """β from the use per step now and what was asked for last (None: the same); between 0 and 1."""
     left = max(1.0 - progress, 0.0)
     error = limit - spent - use * left
     if abs(error) <= DEAD * limit:
         return min(use, 1.0)
-    return min(max(use + error / max(left, SHORT), 0.0), 1.0)
+    last = use if asked is None else asked
+    return min(max(last + HALF * (use + error / max(left, SHORT) - last), 0.0), 1.0)
 
 
 def hastened(limit: float, ahead: Callable[[float], float], share: float = 0.6) -> float:

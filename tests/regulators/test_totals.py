@@ -23,8 +23,8 @@ def test_the_rest_by_hand() -> None:
     assert rest(1.0, 1.0) == 1.0
 
 
-def test_steady_asks_for_the_mean_or_for_nothing_new() -> None:
-    assert steady(0.6, 0.2, 0.2, 0.9) == pytest.approx(mean_left(0.6, 0.2, 0.2))
+def test_steady_goes_half_way_to_the_mean_or_asks_for_nothing_new() -> None:
+    assert steady(0.6, 0.2, 0.2, 0.9) == pytest.approx((0.9 + mean_left(0.6, 0.2, 0.2)) / 2)
     assert steady(0.6, 0.2, 0.2, 0.5) == 0.5
     assert steady(0.6, 0.2, 0.2, 0.5 + 0.5 * DEAD * 0.6 / 0.8) == 0.5 + 0.5 * DEAD * 0.6 / 0.8
     assert steady(0.6, 0.59, 0.999, 0.5) < 0.6  # a rest of a hundredth is not thrown at the last thousandth
@@ -41,6 +41,18 @@ def test_hastened_keeps_a_patient_plan_and_speeds_up_a_tight_one() -> None:
     factor = hastened(0.2, ahead)
     assert 0.0 < factor < 1.0
     assert rest(0.2, ahead(factor)) == pytest.approx(0.6 * 0.2, rel=1e-6)
+
+
+@pytest.mark.parametrize("real", [0.5, 1.0, 2.0, 3.0])
+def test_it_settles_where_the_real_gain_is_another(real: float) -> None:
+    """A change of the use does `real` times what it should, up to three times."""
+    use, spent, found = 0.4, 0.2, []
+    for k in range(80):
+        asked = steady(0.5, spent, 0.3 + 0.005 * k, use)
+        use += real * (asked - use)
+        spent += 0.005 * use
+        found.append(use)
+    assert max(found[20:]) - min(found[20:]) < 0.02
 
 
 @pytest.mark.parametrize("limit", [0.2, 0.4, 0.7, 0.95])
