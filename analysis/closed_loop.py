@@ -1,82 +1,160 @@
-"""The price loop on a real run: does the regulator track, and is the margin real?
+"""The price loop on a real training run: identified, predicted, disturbed, and beside its rivals.
 
-    python analysis/closed_loop.py [--budget 0.4] [--seeds 3]
+    python analysis/closed_loop.py [--task digits-mlp] [--data DIR] [--seeds 3] [--out docs]
 
-The digits MLP is trained with `Control(invert=False)`: the masks answer the price alone, and the PI regulator
-moves the price by the error of the *realised* FLOPs against the reference. The design (regulators/design.py)
-is for a response whose gain is taken as 0.3; here the loop gain is multiplied by 1/4, 1, 2, 4 and 8. Shown:
-root mean square and largest error once the reference has reached the budget and until the masks freeze,
-sign changes of the error (a loop near its margin oscillates), the end before and after `finalize`.
+Everything runs on the same net in training with `Control(invert=False)`: the masks answer the price alone.
+
+    identify     the loop is opened, the price dithered about the feed-forward; a plant is fitted by recursive
+                 least squares to the first 60 % of the runs and predicts the rest               (plant.py)
+    step         the price is stepped up and down; predicted against actual, mean over steps and seeds
+    margins      the PI designed for that plant (regulators/design.py): gain, phase and delay margin
+    sensitivity  the measurement is disturbed at seven frequencies at once; S predicted and measured
+    strained     the designed loop with its gain multiplied, with measurements that come late, and both
+    rivals       the budget moves 0.6, 0.3, 0.5 in the run: PI, LQR, the horizon's MPC with exact inversion,
+                 feed-forward alone, and cubic gradual pruning by width, which cannot know of it
+
+The experiments are in loop_studies.py, the pictures, which go to `--out`, in loop_figures.py. Widths go in
+single units (`round_to=1`). About six minutes of CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from baselines import controlled
+from loop_figures import margins_figure, plant_figure, rivals_figure
+from loop_studies import (
+    SQUARE,
+    Rejection,
+    Rival,
+    Step,
+    Strained,
+    designed,
+    identified,
+    rejection,
+    rivals,
+    stepped,
+    strained,
+)
+from plant import Fit, Trace
 
-from controlprune.compare import train
-from controlprune.policies.control import Control
-from controlprune.regulators.design import design, margins
-from controlprune.regulators.identify import Response
+from controlprune.regulators.design import Margins
+from controlprune.regulators.pi import PI
 from controlprune.report import results_table
 from controlprune.tasks import load
-
-FACTORS = (0.25, 1.0, 2.0, 4.0, 8.0)
-STEPS = 600
 
 
 def main() -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--budget", type=float, default=0.4)
+    options.add_argument("--task", default="digits-mlp")
+    options.add_argument("--data", type=Path, default=None, help="folder that holds mnist/, cifar10/")
     options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--out", type=Path, default=Path("docs"))
     chosen = options.parse_args()
     torch.set_num_threads(1)
-    response = Response(gain=0.3)
-    regulator = design(response).regulator
-    lines = []
-    for factor in FACTORS:
-        scaled = replace(regulator, integral=factor * regulator.integral)
-        policy = Control(invert=False, regulator=scaled, update_every=4)
-        rows = np.array([_run(policy, chosen.budget, seed) for seed in range(chosen.seeds)])
-        margin = margins(response, scaled)
-        lines.append(
-            {
-                "gain": f"{factor:g} ×",
-                "margin (designed)": f"{margin.gain:.2f}",
-                "rms error": f"{rows[:, 0].mean():.3f}",
-                "largest": f"{rows[:, 1].max():.3f}",
-                "sign changes": f"{rows[:, 2].mean():.1f}",
-                "before finalize": f"{rows[:, 3].mean():.3f}",
-                "after": f"{rows[:, 4].mean():.3f}",
-            }
+    task, seeds = load(chosen.task, chosen.data), chosen.seeds
+
+    fit, traces = identified(task, seeds)
+    a, b, c = fit.theta
+    print(f"plant: y' = {a:.3f} y {b:+.3f} u' {c:+.3f}, gain {fit.response.gain:.3f}, delay {fit.delay}\n")
+    print(_table(_prediction_rows(fit)))
+    steps = stepped(task, seeds, fit)
+    for name, step in steps.items():
+        rest = slice(SQUARE // 2, None)
+        print(
+            f"price {name}: {100 * step.actual[rest].mean():+.1f} points at rest, predicted "
+            f"{100 * step.predicted[rest].mean():+.1f}; rms error on the way {100 * step.miss:.1f}"
         )
-    print(results_table(lines))
+    regulator, found = designed(fit)
+    print(
+        f"\nPI: K_I = {regulator.integral:.3g}, K_P = {regulator.proportional:.3g}; gain margin "
+        f"{20 * np.log10(found.gain):.1f} dB, phase margin {found.phase:.0f}°, delay margin "
+        f"{found.delay:.1f} updates\n"
+    )
+    rejected = rejection(task, seeds, fit, regulator)
+    print(_table(_sensitivity_rows(rejected)))
+    print(_table(_strained_rows(strained(task, seeds, fit, regulator))))
+    others = rivals(task, seeds, fit, regulator)
+    print(_table(_rival_rows(others)))
+    _draw(chosen.out, fit, traces, steps, regulator, found, rejected, others)
     return 0
 
 
-def _run(policy: Control, budget: float, seed: int) -> tuple[float, ...]:
-    side, controller = controlled(load("digits-mlp"), seed, budget, STEPS, policy)
-    train([side], STEPS)
-    controller.finalize()
-    rows = [r for r in controller.history if r.step <= policy.freeze * STEPS]
-    there = [r for r in rows if r.reference["flops"] <= budget + 1e-9]
-    errors = np.array([r.realised["flops"] - r.reference["flops"] for r in there])
-    changes = float(np.sum(errors[1:] * errors[:-1] < 0))
-    last, end = controller.history[-2], controller.history[-1]
-    return (
-        float(np.sqrt(np.mean(errors**2))),
-        float(np.abs(errors).max()),
-        changes,
-        last.realised["flops"],
-        end.realised["flops"],
-    )
+def _draw(
+    out: Path,
+    fit: Fit,
+    traces: Sequence[Trace],
+    steps: dict[str, Step],
+    regulator: PI,
+    found: Margins,
+    rejected: Rejection,
+    others: Sequence[Rival],
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    plant_figure(fit, traces, steps).savefig(out / "loop-plant.png", dpi=110)
+    margins_figure(fit.response, regulator, found).savefig(out / "loop-margins.png", dpi=110)
+    rivals_figure(fit.response, regulator, rejected, others).savefig(out / "loop-rivals.png", dpi=110)
+
+
+Rows = list[dict[str, str]]
+
+
+def _table(rows: Rows) -> str:
+    return results_table(rows) + "\n"
+
+
+def _prediction_rows(fit: Fit) -> Rows:
+    names = ("updates ahead", "plant, points", "as it is now", "as on average")
+    return [
+        dict(zip(names, (str(k), *(f"{100 * e:.1f}" for e in errors)), strict=True))
+        for k, errors in fit.errors.items()
+    ]
+
+
+def _sensitivity_rows(found: Rejection) -> Rows:
+    return [
+        {
+            "rad/update": f"{omega:.2f}",
+            "|S| predicted": f"{abs(predicted):.2f}",
+            "measured": f"{abs(measured):.2f}",
+            "± standard error": f"{noise:.2f}",
+        }
+        for omega, predicted, measured, noise in zip(
+            found.omega, found.predicted, found.measured, found.noise, strict=True
+        )
+    ]
+
+
+def _strained_rows(runs: Sequence[Strained]) -> Rows:
+    return [
+        {
+            "loop": run.name,
+            "gain margin, dB": f"{20 * np.log10(run.margins.gain):.1f}",
+            "phase margin": f"{run.margins.phase:.0f}",
+            "rms error, points": f"{100 * run.rms:.1f}",
+            "largest": f"{100 * run.largest:.1f}",
+            "sign changes per update": f"{run.changes:.2f}",
+        }
+        for run in runs
+    ]
+
+
+def _rival_rows(others: Sequence[Rival]) -> Rows:
+    return [
+        {
+            "way": rival.name,
+            "rms error, points": f"{100 * rival.rms:.1f}",
+            "end, % of dense": f"{100 * rival.end[0]:.1f} to {100 * rival.end[1]:.1f}",
+            "accuracy, %": f"{rival.accuracy:.2f}",
+        }
+        for rival in others
+    ]
 
 
 if __name__ == "__main__":
