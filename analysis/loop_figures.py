@@ -140,7 +140,7 @@ def _bode(magnitude: Axes, phase: Axes, answer: NDArray[np.complex128], found: M
 
 def _nyquist(axis: Axes, answer: NDArray[np.complex128], found: Margins) -> None:
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 300))
-    axis.plot(circle.real, circle.imag, color=GREY, lw=0.8, ls="--")
+    axis.plot(np.real(circle), np.imag(circle), color=GREY, lw=0.8, ls="--")
     axis.plot(answer.real, answer.imag, color=BLUE, label="L, ω > 0")
     axis.plot(answer.real, -answer.imag, color=BLUE, lw=0.8, ls=":", label="ω < 0")
     nearest = answer[np.argmin(np.abs(1 + answer))]
@@ -172,7 +172,7 @@ def _nyquist(axis: Axes, answer: NDArray[np.complex128], found: Margins) -> None
 
 def _root_locus(axis: Axes, open_loop: control.TransferFunction, found: Margins) -> None:
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 300))
-    axis.plot(circle.real, circle.imag, color=GREY, lw=1, ls="--")
+    axis.plot(np.real(circle), np.imag(circle), color=GREY, lw=1, ls="--")
     axis.text(0, 1.05, "unit circle: stability limit", fontsize=8, color=GREY, ha="center")
     factors = np.geomspace(1e-2, 40, 3000)
     poles = np.array([_poles(open_loop, f) for f in factors])
