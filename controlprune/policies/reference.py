@@ -13,8 +13,8 @@ step than there is; at the budget, a measured use left its band, from `UNDER` be
 are fractions of dense; a run total's are of a dense step, its sums of a dense run.
 
 The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
-the smallest net would miss by more than `MISSED`, as far as is known by now, is said once: how much of a step
-does not shrink only the run shows.
+the smallest net would miss by more than `MISSED` is said once, when the plan is at its end: how much of a
+step does not shrink only the run shows, and a small cut shows it badly.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ class Reference:
 
     def advance(self, progress: float, trend: Trend, stability: float) -> None:
         """One update of the plan; `progress`: the part of the horizon that has passed."""
-        self._say_what_is_missed(progress)
-        if self.level > 0.0 and self._late(progress):
+        if self.level == 0.0:
+            self._say_what_is_missed(progress)
+        elif self._late(progress):
             self._factor *= HASTE
         plan = self._given.scaled(self._factor)
         self._plan = _update(plan, self._plan, progress, trend, stability)
