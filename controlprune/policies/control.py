@@ -32,14 +32,13 @@ the directly trained small net that may still move its width to where it turns o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..allocation import prior_values, uniform
 from ..gates import Experiment, GateController, Statistics
 from ..observe import LossTrend, Moments, fisher, observe, start_moments, track_loss
 from ..regulators.lqr import LQR
@@ -47,9 +46,10 @@ from ..regulators.mpc import Horizon
 from ..regulators.observer import Observer
 from ..regulators.pi import PI
 from ..regulators.plan import Plan
-from ..tradeoff import Problem, Solution, solve
+from ..tradeoff import Solution
 from .base import Decision, Setting, Trial
-from .caution import Values, floors, held, margin_scale, slew, stability, trusted
+from .caution import stability
+from .cautious import Stand, allocate, believed, uniform_under
 from .pace import calibration_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
 from .reference import Reference
@@ -57,9 +57,6 @@ from .reference import Reference
 __all__ = ["Control", "ControlLoop"]
 
 OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
-# How far under a limit is near enough, of dense: as little as one unit can bring it, within these bounds, and
-# less where a sum must come out.
-NEAR, FAR, FINE = 0.009, 0.015, 0.004
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,9 @@ class ControlLoop:
         limits = self.reference.modelled(asked)
         self.reference.solved(asked)
         masks = []
-        for size, width in zip(self.setting.structure.sizes, self._uniform(limits), strict=True):
+        for size, width in zip(
+            self.setting.structure.sizes, uniform_under(self.setting, limits), strict=True
+        ):
             mask = torch.zeros(size, dtype=torch.bool)
             mask[torch.randperm(size, generator=self.random)[:width]] = True
             masks.append(mask)
@@ -332,32 +331,6 @@ class ControlLoop:
         self.window = torch.stack([torch.zeros_like(self.window[0]), self.window[0]])
         return stability(now, before, self._group(), on)
 
-    def _uniform(self, limits: Mapping[str, float]) -> tuple[int, ...]:
-        """n̄ under the limits; empty where nothing is to be met."""
-        if not limits:
-            return ()
-        setting = self.setting
-        costs = [setting.costs[k] for k in limits]
-        bounds = np.array([r * setting.dense[k] for k, r in limits.items()])
-        return uniform(setting.structure.sizes, costs, bounds, setting.floors, setting.steps)
-
-    def _values(
-        self, step: int, masks: tuple[Tensor, ...], trust: float, even: tuple[int, ...]
-    ) -> tuple[Values, float]:
-        """ṽ per group, and s: the price at which the uniform allocation would be the best one."""
-        setting = self.setting
-        sizes = setting.structure.sizes
-        v = self.gates.values(self.statistics(step, torch.cat(masks))).double()
-        values = tuple(x.numpy() for x in torch.split(v, list(sizes)))
-        if not even:
-            return values, 0.0
-        limited = [k for k in setting.costs if k not in setting.prices]
-        costs = [setting.costs[k] for k in limited]
-        shares = 1.0 / np.array([setting.dense[k] for k in limited])
-        prior = prior_values(even, costs, sizes, shares)
-        scale = margin_scale(values, prior, even)
-        return trusted(values, prior, scale, trust), scale
-
     def _solve(
         self,
         step: int,
@@ -369,43 +342,21 @@ class ControlLoop:
     ) -> Solution:
         """The trade-off under the modelled limits (`exact`), or under the price alone."""
         setting, control = self.setting, self.control
-        names = tuple(setting.costs)
-        dense = np.array([setting.dense[k] for k in names])
-        trust, most = control.trust * stability, slew(setting.structure.sizes, setting.steps)
-        even = self._uniform(limits)
-        values, scale = self._values(step, masks, trust, even)
+        trust = control.trust * stability
+        even = uniform_under(setting, limits)
+        v = self.gates.values(self.statistics(step, torch.cat(masks)))
+        values, scale = believed(setting, v, trust, even)
         if not exact:
             self.prices.follow(scale)
-        least = setting.floors
-        if even:
-            binding = most if self.reference.at_budget else None
-            least = floors(least, setting.steps, even, trust, _widths(masks), binding)
-        price = np.array([0.0 if exact else self._price()[k] for k in names]) / dense
-        # dormant units are worth much the same: at a price they come back all at once, as many as may
-        back = most if exact else np.maximum(np.array(setting.steps), most // 2)
-        young = torch.split(self.age < control.dwell, list(setting.structure.sizes))
-        bounds = np.array([limits.get(k, np.inf) if exact else np.inf for k in names]) * dense
-        problem = Problem(
-            values=values,
-            costs=tuple(setting.costs.values()),
-            limits=bounds,
-            prices=price,
-            floors=least,
-            steps=setting.steps,
-            grains=setting.grains,
-            masks=tuple(m.numpy() for m in masks),
-            held=held(values, masks, young, back),
+        stand = Stand(
+            masks=masks,
+            young=torch.split(self.age < control.dwell, list(setting.structure.sizes)),
+            trust=trust,
+            at_budget=self.reference.at_budget,
+            fine=self.reference.feeds_back,
             hysteresis=control.hysteresis,
-            tolerance=FINE if self.reference.feeds_back else min(max(_grain(setting), NEAR), FAR),
-            resources=names,
         )
-        solution = solve(problem)
-        free = replace(problem, held=None)
-        for easier in (free, replace(free, floors=setting.floors)) if exact else ():
-            if not (bounds - solution.costs > (FINE if self.reference.feeds_back else FAR) * dense).all():
-                break  # some limit is filled; else what keeps them from it gives way, holds first
-            solution = solve(easier)
-        return solution
+        return allocate(setting, values, even, stand, limits if exact else {}, {} if exact else self._price())
 
     def _answer(
         self,
@@ -495,10 +446,3 @@ def _calibrate_every(control: Control, setting: Setting, update_every: int) -> i
 
 def _widths(masks: Sequence[Tensor]) -> list[int]:
     return [int(m.sum()) for m in masks]
-
-
-def _grain(setting: Setting) -> float:
-    """What the cheapest unit of the dense net costs, fraction of dense, where that is most."""
-    sizes, dense = np.array(setting.structure.sizes), setting.dense
-    ones = np.ones(len(sizes))
-    return max(float(c.marginals(sizes, ones).min()) / dense[k] for k, c in setting.costs.items())
