@@ -21,6 +21,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .interrupts import uninterrupted
 from .shrink import Spot, at, fill_zero_
 from .structure.extents import keep, labels
 
@@ -55,6 +56,7 @@ class Watch:
         self.settle()
         return self.record[dim]
 
+    @uninterrupted()
     @torch.no_grad()
     def settle(self) -> None:
         """Bring the record to the scale `parameter.grad` has now."""
@@ -76,6 +78,7 @@ class Watch:
         else:
             self.later(self.complete)
 
+    @uninterrupted()
     @torch.no_grad()
     def complete(self) -> None:
         """Add what has arrived for dormant columns to the record, and clear it."""

@@ -206,6 +206,7 @@ class Controller:
 
     # --- the loop -------------------------------------------------------------------------------
 
+    @uninterrupted()
     def _observe(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before the optimizer runs: are there gradients, and what do the gates see?"""
         started = time.process_time()
