@@ -15,7 +15,7 @@ paired ablations every c updates, world size N (bytes, seconds):
     calibration  ~ 8 · 2 (t + 1) / c              sums and squares of paired differences
     DDP          4 P n                            gradients in float32, for comparison
     all-reduce   T(B) = 2 log2(N) α + 2 (N − 1)/N · B / β        latency α per hop, bandwidth β per rank
-    digest       h U / η                          h ≈ 24 bytes of state per unit, hashed at η, no communication
+    digest       h U / η                          h ≈ 24 bytes of state per unit, hashed at η
 
 `extrapolated` puts numbers in: 1,024 ranks, 100 billion parameters.
 """
@@ -95,6 +95,7 @@ def worker(rank: int, world: int, folder: str, args: argparse.Namespace, results
         policy=policy, round_to=8,
     )  # fmt: skip
     replicas = controller._replicas
+    before, wall, cpu = (0, 0, 0.0, 0.0), 0.0, 0.0
     for step in range(args.steps + 1):
         if step == 1:  # the first warms up
             before = (replicas.exchanges, replicas.bytes, replicas.seconds, controller.overhead_seconds)

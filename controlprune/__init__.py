@@ -11,6 +11,7 @@ from .packed import Packed
 from .plots import plot
 from .policies.control import Control
 from .structure import find_groups
+from .traced import Traced, trace
 from .version import __version__
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Instruments",
     "Packed",
     "Price",
+    "Traced",
     "Wattage",
     "__version__",
     "attach",
@@ -29,4 +31,5 @@ __all__ = [
     "load",
     "plot",
     "save",
+    "trace",
 ]

@@ -15,18 +15,17 @@ from torch.optim import Optimizer
 
 from .budget import Budget, Price
 from .controller import Controller, require_unattached
-from .distributed import unwrapped
+from .distributed import is_sharded, unwrapped
 from .gauge import Gauge
 from .instruments import Instruments
 from .meters import choose_meter
 from .policies.base import Policy, Setting
 from .policies.control import Control
-from .replay import batch_size
-from .resources import Bench, Survey, exact_costs, measured_costs
+from .resources import EXACT, Bench, Survey, exact_costs, measured_costs
 from .rounding import group_multiples
 from .setting import make_setting
-from .structure import analyse, require_groups
 from .structure.groups import Structure
+from .traced import Traced, trace
 
 __all__ = ["attach"]
 
@@ -48,9 +47,10 @@ def attach(
 ) -> Controller:
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
-    `model` may stand in DistributedDataParallel, or be wrapped later. `example_inputs`: a tuple (positional)
-    or a dict (keyword) that it accepts; FLOPs and memory are counted on it (for absolute run totals give it
-    the batch of a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
+    `model` may stand in DistributedDataParallel, or be wrapped later; where its parameters are sharded, give
+    `controlprune.trace` of the plain model as `example_inputs`. Else these are a tuple (positional) or a dict
+    (keyword) that it accepts; FLOPs and memory are counted on them (for absolute run totals give the batch of
+    a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
     `round_to`: width multiple; None: what the device was measured to run well (rounding.py). `park_on`: the
     device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
     None: where they are. Nothing of the model or the optimizer is changed before the first decision.
@@ -62,10 +62,16 @@ def attach(
     _check_arguments(model, optimizer, budget, total_steps, policy)
     instruments = _metered(instruments or Instruments(), budget, model)
     parking = _parking(park_on)
-    structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
-    require_groups(structure, type(model).__name__)
+    sharded = _sharded(model, example_inputs, policy)
+    if isinstance(example_inputs, Traced):
+        _check_traced_alone(budget)
+        traced = example_inputs
+    else:
+        traced = trace(model, example_inputs, ignored_layers=ignored_layers)
+    structure = traced.structure
     _check_optimizer_covers(model, optimizer, structure)
-    multiples = () if round_to is not None else group_multiples(structure, dict(model.named_parameters()))
+    known = round_to is not None or sharded
+    multiples = () if known else group_multiples(structure, dict(model.named_parameters()))
     bench = Bench(
         model,
         optimizer,
@@ -82,7 +88,7 @@ def attach(
             {**survey.costs, **exact_costs(_named(budget), structure)},
             total_steps=total_steps,
             round_to=round_to,
-            batch=batch_size(example_inputs),
+            batch=traced.batch,
             seed=seed,
             multiples=survey.multiples,
         )
@@ -92,6 +98,31 @@ def attach(
     if given is not model:
         controller.replicate(given)
     return controller
+
+
+def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:
+    """Are its parameters sharded, and everything else as that needs it? (sharded.py)"""
+    if not is_sharded(model):
+        return False
+    if not isinstance(example_inputs, Traced):
+        raise ValueError(
+            "example_inputs: the parameters are sharded already; before that, make traced = "
+            "controlprune.trace(model, example_inputs), and give example_inputs=traced"
+        )
+    if getattr(policy, "shrink", False):
+        raise ValueError(
+            "policy: sharded parameters keep their shapes; give policy=controlprune.Control(shrink=False)"
+        )
+    return True
+
+
+def _check_traced_alone(budget: Budget | Price) -> None:
+    measured = [name for name in _named(budget) if name not in EXACT]
+    if measured:
+        raise ValueError(
+            f"budget: {', '.join(measured)} cannot be known from a trace alone; give one of "
+            f"{', '.join(EXACT)}, or the example inputs themselves"
+        )
 
 
 def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module) -> Instruments:

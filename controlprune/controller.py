@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from .budget import UNITS, Budget, Price
 from .checkpoint import Checkpoints
-from .distributed import Replicas, digest, unwrapped
+from .distributed import Replicas, digest, is_sharded, unwrapped
 from .experiments import ablations, absent_gradients
 from .gauge import Gauge
 from .history import History, Record
@@ -41,7 +41,8 @@ from .policies.base import Decision, Policy, Setting
 from .replay import Batch, Recorder, batch_size
 from .resources import Survey
 from .resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
-from .structure.groups import Group
+from .structure.groups import Group, Structure
+from .structure.portable import misfit
 
 __all__ = ["Controller", "Cost", "require_unattached"]
 
@@ -92,7 +93,7 @@ class Controller:
     ) -> None:
         self._budget, self._survey, self._settle, self._policy = budget, survey, settle, policy
         setting = self._setting = settle(budget, survey)
-        self._plant = Plant(model, optimizer, setting.structure, park_on=park_on)
+        self._plant = _plant(model, optimizer, setting.structure, park_on)
         self._loop = policy.begin(setting)
         self._recorder = Recorder(model)
         self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
@@ -114,9 +115,22 @@ class Controller:
         _attached[model] = weakref.ref(self)
         if structure.refused:
             log.info("%d index spaces are left alone; see controller.report()", len(structure.refused))
+        self._meet_shards()
         self._begin()
         self._replicas.watch_for_ddp(model, self.replicate)
         self._arm()
+
+    def _meet_shards(self) -> None:
+        """Ranks that hold a part of the parameters each decide together, and look at no batch twice."""
+        if self._plant.group is None:
+            return
+        self._layouts.looked = self._layouts.compiled = True
+        self._replicas.join(self._plant.group, next(iter(self._plant.tensors().values())).device)
+        self._replicas.mean([], self._fingerprint)
+        if not self._replicas.agree:
+            raise ValueError(
+                "attach: its arguments differ between ranks; give the same, and one seed, on all"
+            )
 
     def _begin(self) -> None:
         """Below dense, where the policy starts there."""
@@ -442,6 +456,11 @@ class Controller:
         self._replicas.behind = 0
 
     def _repair(self) -> None:
+        if self._plant.group is not None:
+            raise RuntimeError(
+                f"step {self.steps}: the ranks that hold the shards do not agree on masks or statistics; "
+                "start again from the last checkpoint"
+            )
         self._replicas.repairs += 1
         warnings.warn(
             f"controlprune: at step {self.steps} the replicas did not agree on masks or statistics; all "
@@ -508,16 +527,29 @@ class Controller:
     # --- the end --------------------------------------------------------------------------------
 
     @uninterrupted()
-    def finalize(self) -> nn.Module:
-        """The same model object, plain, dense and small, inside the budget; the optimizer stays valid."""
+    def finalize(self, into: nn.Module | None = None) -> nn.Module:
+        """The same model object, plain, dense and small, inside the budget; the optimizer stays valid.
+
+        `into`: where the parameters are sharded, a plain dense model of the same class, on every rank: it
+        gets the gathered weights and becomes the small one; the sharded model stays masked, without hooks.
+        """
         self._require_live("finalize")
+        if (into is None) != (self._plant.group is None):
+            raise ValueError(
+                "into: sharded parameters keep their shapes; give finalize(into=model) a plain dense model "
+                "of the same class on every rank, which becomes the small one"
+                if into is None
+                else "into: only where the parameters are sharded; call finalize()"
+            )
+        if into is not None and (wrong := misfit(self._plant.structure, into)):
+            raise ValueError(f"into: {wrong}; give a plain dense model of the class that is sharded")
         self._checkpoints.require_admitted()
         before, was_compact = self._plant.masks, self._plant.compact
         self._weigh()
         decision = self._loop.last(before)
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")
-        self._relayout(decision.masks, True)
+        self._relayout(decision.masks, into is None)
         for _ in range(CORRECTIONS if self._metering.gauge is not None else 0):
             again = self._loop.last(self._plant.masks)  # what was measured just now counts
             if all(torch.equal(a, b) for a, b in zip(again.masks, decision.masks, strict=True)):
@@ -526,10 +558,11 @@ class Controller:
             self._relayout(decision.masks, True)
         self._event = "finalize"
         self._write(decision, before, was_compact)
+        small = self._plant.model if into is None else self._plant.gathered(into)
         for plant in (self._plant, *self._followers):
             plant.harden()
         self._close()
-        return self._plant.model
+        return small
 
     @uninterrupted()
     def detach(self) -> nn.Module:
@@ -622,6 +655,16 @@ class Controller:
         self._overhead, self._began = overhead, time.process_time() - seconds
         self._recorder.disarm()
         self._arm()
+
+
+def _plant(
+    model: nn.Module, optimizer: Optimizer, structure: Structure, park_on: torch.device | None
+) -> Plant:
+    if not is_sharded(model):
+        return Plant(model, optimizer, structure, park_on=park_on)
+    from .sharded import ShardedPlant  # it imports a good deal of torch
+
+    return ShardedPlant(model, optimizer, structure)
 
 
 def _new_history(setting: Setting) -> History:

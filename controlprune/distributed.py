@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .links import Link
 
-__all__ = ["Replicas", "digest", "rebuild", "unwrapped"]
+__all__ = ["Replicas", "digest", "is_sharded", "rebuild", "unwrapped"]
 
 WORDS = 4  # of a digest, 16 bits each: their squares are summed exactly in float64
 
@@ -53,6 +54,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
     return (model.module, model) if isinstance(model, DistributedDataParallel) else (model, None)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Has it DTensor parameters (FSDP2, tensor parallelism)? sharded.py"""
+    tensor = sys.modules.get("torch.distributed.tensor")  # without it there are none
+    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
+
+
 class Replicas:
     """The process group that a model is trained in, and one collective per question. Alone: no collective."""
 
@@ -66,6 +73,7 @@ class Replicas:
         self.repairs = 0
         self.behind = 0  # steps of the others since this rank ran out of data
         self._door: torch.utils.hooks.RemovableHandle | None = None
+        self._where: torch.device | None = None
 
     @property
     def alone(self) -> bool:
@@ -91,10 +99,16 @@ class Replicas:
         """From here on the ranks of this wrapper decide together."""
         _require_plain(ddp)
         self.close()
-        self.ddp, self.group = ddp, ddp.process_group
-        self.size, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        self.present = self.size
+        self.ddp = ddp
+        assert isinstance(ddp.process_group, dist.ProcessGroup)
+        self.join(ddp.process_group, next(ddp.module.parameters()).device)
         shadow(ddp, follower)
+
+    def join(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """From here on these processes decide together, exchanging tensors on `device`."""
+        self.group, self._where = group, device
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.present = self.size
 
     def close(self) -> None:
         """Forget the wrapper; nothing of ours is left on it."""
@@ -158,8 +172,8 @@ class Replicas:
     @property
     def _device(self) -> torch.device:
         """Where the model is: its gradients are reduced there, so the group can."""
-        assert self.ddp is not None
-        return next(self.ddp.module.parameters()).device
+        assert self._where is not None
+        return self._where
 
     # --- the backward pass ----------------------------------------------------------------------
 

@@ -48,6 +48,11 @@ def save(controller: Controller, path: str | Path) -> None:
     if not isinstance(controller, Controller):
         raise TypeError(f"controller={type(controller).__name__}: give what controlprune.attach returned")
     plant = controller.plant
+    if plant.group is not None:
+        raise ValueError(
+            "controller: its parameters are sharded; small = controller.finalize(into=model) gives the small "
+            "model, whose state_dict can be saved"
+        )
     header = {
         "format": FORMAT,
         "structure": structure_to_json(plant.structure),

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ from .structure.extents import groups_in
 from .structure.groups import Structure
 from .structure.sizes import set_sizes
 
-__all__ = ["Plant", "checked"]
+__all__ = ["Plant", "checked", "named_tensors", "spots_of"]
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Masks = tuple[Tensor, ...]
 
@@ -67,13 +71,40 @@ class Plant:
         self.compact = False
         self._hardened = False
         self._summed: Factored = frozenset()
-        self._spots = _spots(structure)
+        self._spots = self._laid_on()
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
         self._seen: dict[str, Tensor] = {}
         self._gather: Gather | None = None
         self._later: Later | None = None
         self._check()
+
+    def _laid_on(self) -> tuple[Spot, ...]:
+        """The tensors that units stand in, as far as this process holds them (sharded.py)."""
+        return spots_of(self.structure)
+
+    @property
+    def _counted(self) -> tuple[Spot, ...]:
+        """Those that this process counts in sums over units."""
+        return self._spots
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that hold a part of the model each; None: this one holds all of it."""
+        return None
+
+    @property
+    def place(self) -> str:
+        """Which of those processes this is; "" if there is one."""
+        return ""
+
+    def gathered(self, model: nn.Module) -> nn.Module:
+        """`model`, plain and dense, with the weights of all parts, at the present masks, small."""
+        raise ValueError("gathered: this process holds all of the model")
+
+    def own(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor of that name that this process holds."""
+        return tensor
 
     def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
         """Switch to `masks` in the masked or the compact layout, exactly, from any other.
@@ -85,7 +116,7 @@ class Plant:
                 "this model was made small for good (harden); attach it anew to prune it further"
             )
         masks = checked(masks, self.structure)
-        tensors = _tensors(self.model)
+        tensors = self.tensors()
         self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
         changed = {
@@ -118,13 +149,13 @@ class Plant:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer under all its names, as they are now."""
-        return _tensors(self.model)
+        return named_tensors(self.model)
 
     def read_later(self, later: Later) -> None:
         """Gradients are averaged over replicas: `later` calls back when they are, in every backward pass."""
         self._later = later
         self._unhook()
-        self._hook(_tensors(self.model))
+        self._hook(self.tensors())
 
     def release(self) -> None:
         """Back to dense with all learned weights; no hook is left, nothing is parked."""
@@ -200,7 +231,7 @@ class Plant:
         compact = bool(saved["compact"])
         with self._small_state_aside(masks):
             self.apply(masks, compact=compact)
-        tensors = _tensors(self.model)
+        tensors = self.tensors()
         with torch.no_grad():
             for spot in self._spots:
                 unpack(spot, packed[spot.name], tensors[spot.name].device)
@@ -230,7 +261,7 @@ class Plant:
     def _small_state_aside(self, masks: Masks) -> Iterator[None]:
         """Optimizer state loaded in its compact shapes already is out of the way while tensors move."""
         aside: list[tuple[dict[str, object], str, object]] = []
-        tensors = _tensors(self.model)
+        tensors = self.tensors()
         known: dict = {}
         for spot in self._spots:
             tensor = tensors[spot.name]
@@ -251,17 +282,17 @@ class Plant:
     def _plan(self) -> tuple[Gather, dict[str, Tensor]]:
         """Which positions of which reader tensors tell of which unit, worked out once per layout."""
         if self._gather is None:
-            tensors = _tensors(self.model)
-            self._seen = {spot.name: tensors[spot.name] for spot in self._spots if spot.reads}
+            tensors = self.tensors()
+            self._seen = {spot.name: tensors[spot.name] for spot in self._counted if spot.reads}
             device = next((tensor.device for tensor in self._seen.values()), None)
-            self._gather = gather(self._spots, self.masks, self.compact, device)
+            self._gather = gather(self._counted, self.masks, self.compact, device)
         return self._gather, self._seen
 
     def _state(self, spot: Spot, tensor: Tensor) -> dict[str, tuple[int, ...]]:
         return travelling(self.optimizer, tensor, spot.name, self._summed) if spot.is_parameter else {}
 
     def _check(self) -> None:
-        tensors = _tensors(self.model)
+        tensors = self.tensors()
         for spot in self._spots:
             if spot.name not in tensors:
                 raise ValueError(f"structure: the model has no tensor {spot.name!r}; analyse this very model")
@@ -307,7 +338,7 @@ class Plant:
         self._seen = {}
 
 
-def _spots(structure: Structure) -> tuple[Spot, ...]:
+def spots_of(structure: Structure) -> tuple[Spot, ...]:
     reads: dict[str, dict[int, set[int]]] = {}
     for g, group in enumerate(structure.groups):
         for s in group.readers:
@@ -321,7 +352,7 @@ def _spots(structure: Structure) -> tuple[Spot, ...]:
     return tuple(found)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under all its names, as they are now."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),

@@ -20,12 +20,17 @@ from typing import Any, Protocol
 
 import torch
 
+from .masking import Plant
+
 __all__ = ["Packed"]
 
 ENTRY = "packed"
 
 
 class Stateful(Protocol):
+    @property
+    def plant(self) -> Plant: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -37,13 +42,18 @@ class Packed:
     def __init__(self, controller: Stateful) -> None:
         self.controller = controller
 
+    @property
+    def _entry(self) -> str:
+        """One for all replicas, one for each rank that holds a part of sharded parameters."""
+        return f"{ENTRY} {self.controller.plant.place}".strip()
+
     def state_dict(self) -> dict[str, Any]:
         file = io.BytesIO()
         torch.save(self.controller.state_dict(), file)
-        return {ENTRY: file.getvalue()}
+        return {self._entry: file.getvalue()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        content = state.get(ENTRY) if isinstance(state, Mapping) else None
+        content = state.get(self._entry) if isinstance(state, Mapping) else None
         if not isinstance(content, bytes):
             raise ValueError("state_dict: this is not what Packed(controller) saved")
         try:

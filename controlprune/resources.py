@@ -33,7 +33,7 @@ from .structure.extents import Fixed
 from .structure.groups import Structure
 from .structure.trace import call_model, copied, untouched
 
-__all__ = ["Bench", "Survey", "costs", "exact_costs", "measured_costs", "step_share"]
+__all__ = ["EXACT", "Bench", "Survey", "costs", "exact_costs", "measured_costs", "step_share"]
 
 FIXED = 0.15
 EXACT: Mapping[str, Callable[[Structure], Polynomial]] = {

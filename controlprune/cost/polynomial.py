@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
-from ..structure.extents import Concat, Extent, Fixed, Product, Units
+from ..structure.extents import Concat, Extent, Fixed, Product, Units, Window
 
 __all__ = ["Polynomial"]
 
@@ -49,6 +49,8 @@ def _monomials(extent: Extent) -> list[Monomial]:
             return _expand(factors)
         case Concat(parts):
             return _collect([monomial for part in parts for monomial in _monomials(part)])
+        case Window():
+            raise ValueError("a window of a sharded dimension costs nothing by itself")
 
 
 def _expand(factors: Sequence[Extent]) -> list[Monomial]:

@@ -7,12 +7,14 @@ indices but a term over groups::
         | Units(g)              the units of group g, one position each
         | Product(E_1 … E_m)    row-major product: the reshape (E_1, …, E_m) -> (E_1·…·E_m,)
         | Concat(E_1 … E_m)     one after the other: torch.cat
+        | Window(E, a, k)       positions a … a + k − 1 of E: what one process holds of a sharded dimension
 
 so the rows of a fused qkv projection are `Product(Fixed(3), Units(heads), Fixed(64))`, and the input
 of a DenseNet layer is `Concat(Units(a), Units(b), …)`. Everything else follows from the term::
 
     size(n):   Fixed k -> k,  Units g -> n_g,  Product -> Π,  Concat -> Σ
     keep(m):   Fixed   -> 1,  Units g -> m_g,  Product -> ⊗,  Concat -> ⊕      (bool, dense length)
+               (a Window has a dense size only: it is never shrunk)
     labels(g): which unit of g each dense position belongs to, −1 where none
 
 A mask of units is therefore always realisable as a module: every product loses whole slices.
@@ -29,7 +31,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Concat", "Extent", "Fixed", "Product", "Units", "groups_in", "keep", "labels", "size"]
+__all__ = ["Concat", "Extent", "Fixed", "Product", "Units", "Window", "groups_in", "keep", "labels", "size"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,16 @@ class Concat:
     parts: tuple[Extent, ...]
 
 
-Extent: TypeAlias = Fixed | Units | Product | Concat
+@dataclass(frozen=True)
+class Window:
+    """`length` positions of `whole`, from `start` on."""
+
+    whole: Extent
+    start: int
+    length: int
+
+
+Extent: TypeAlias = Fixed | Units | Product | Concat | Window
 
 
 def size(extent: Extent, widths: Sequence[int] | None = None) -> int:
@@ -75,6 +86,10 @@ def size(extent: Extent, widths: Sequence[int] | None = None) -> int:
             return math.prod(size(factor, widths) for factor in factors)
         case Concat(parts):
             return sum(size(part, widths) for part in parts)
+        case Window(_, _, length):
+            if widths is not None:
+                raise ValueError("a window of a sharded dimension has no size but its dense one")
+            return length
 
 
 def keep(extent: Extent, masks: Sequence[Tensor]) -> Tensor:
@@ -91,6 +106,8 @@ def keep(extent: Extent, masks: Sequence[Tensor]) -> Tensor:
             return out
         case Concat(parts):
             return torch.cat([keep(part, masks) for part in parts])
+        case Window(whole, start, length):
+            return keep(whole, masks)[start : start + length]
 
 
 def labels(extent: Extent, group: int) -> Tensor:
@@ -111,6 +128,8 @@ def labels(extent: Extent, group: int) -> Tensor:
             return out
         case Concat(parts):
             return torch.cat([labels(part, group) for part in parts])
+        case Window(whole, start, length):
+            return labels(whole, group)[start : start + length]
 
 
 def groups_in(extent: Extent) -> frozenset[int]:
@@ -122,3 +141,5 @@ def groups_in(extent: Extent) -> frozenset[int]:
             return frozenset({group})
         case Product(terms) | Concat(terms):
             return frozenset().union(*(groups_in(term) for term in terms))
+        case Window(whole):
+            return groups_in(whole)

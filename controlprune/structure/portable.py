@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .extents import Concat, Extent, Fixed, Product, Units, size
+from .extents import Concat, Extent, Fixed, Product, Units, Window, size
 from .groups import Group, SizeAttribute, Slice, Structure
 from .sizes import get_size
 
@@ -164,6 +164,8 @@ def _extent_to_json(extent: Extent) -> Any:
             return {"product": [_extent_to_json(x) for x in factors]}
         case Concat(parts):
             return {"concat": [_extent_to_json(x) for x in parts]}
+        case Window():
+            raise ValueError("a window of a sharded dimension is not saved")
 
 
 def _extent_from_json(value: Any) -> Extent:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .draws import draws, rounded
 from .exchange import at_widths, select_live, tensors_of
-from .extents import Concat, Extent, Fixed, Product, Units, groups_in, keep, size
+from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, keep, size
 from .groups import Refusal, Slice, Structure, Work
 from .trace import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
 
@@ -221,6 +221,8 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
                 if not any(groups_in(term) for term in inner):
                     return Fixed(size(extent))
                 return type(extent)(inner)
+            case Window():
+                raise ValueError("a window of a sharded dimension belongs to no traced structure")
 
     def cut_slice(entry: Slice) -> Slice:
         return replace(entry, extent=cut(entry.extent))
