@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -216,7 +217,9 @@ class GateController:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         self.net.load_state_dict(state["net"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        moments: Mapping[str, Any] = state["optimizer"]  # type: ignore[assignment]
+        settings = self.optimizer.state_dict()["param_groups"]  # ours, whatever was saved
+        self.optimizer.load_state_dict({"state": moments["state"], "param_groups": settings})
         for name in _MEMORY:
             setattr(self, name, state[name])
         self._require_whole()
@@ -232,7 +235,9 @@ class GateController:
             if any(not isinstance(m, Tensor) or m.shape != parameter.shape for m in moments):
                 raise ValueError("gates: moments of another network")
             step = entries.get("step")
-            if not (isinstance(step, Tensor) and step.numel() == 1 and float(step) >= 0.0):
+            if not (
+                isinstance(step, Tensor) and step.is_floating_point() and step.numel() == 1 and step >= 0
+            ):
                 raise ValueError(f"gates: {step!r} is no count of steps")
 
 

@@ -253,8 +253,8 @@ def test_ctrl_c_between_any_two_lines() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_200_moments() -> None:
-    interrupt_at(200, random.Random(1))
+def test_ctrl_c_at_60_moments() -> None:
+    interrupt_at(60, random.Random(1))
 
 
 def press_twice(reached: list[str]) -> None:
