@@ -39,9 +39,8 @@ train(model, optimizer, controller, range(80))
 torch.save([part.state_dict() for part in (model, optimizer, controller)], "checkpoint.pt")
 
 model, optimizer, controller = start()  # a new process would do just this
-for part, state in zip(
-    (model, optimizer, controller), torch.load("checkpoint.pt", weights_only=False), strict=True
-):
+states = torch.load("checkpoint.pt", weights_only=True)  # no pickle is needed
+for part, state in zip((model, optimizer, controller), states, strict=True):
     part.load_state_dict(state)
 train(model, optimizer, controller, range(80, STEPS))
 print(controller.finalize())

@@ -226,6 +226,16 @@ def test_what_is_refused(rank: int) -> None:
 
 
 @ranks(2)
+def test_ranks_that_do_not_agree_stop(rank: int) -> None:
+    run = Run(by_layer)
+    run.train(8)
+    if rank == 1:
+        run.controller._loop.moments.first[3] += 1e-6
+    with pytest.raises(RuntimeError, match=r"step 12: the ranks that hold the shards do not agree"):
+        run.train(4)
+
+
+@ranks(2)
 def test_detached_it_is_whole(rank: int) -> None:
     run = Run(by_layer)
     before = whole(run.model)

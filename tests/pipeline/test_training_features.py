@@ -139,6 +139,114 @@ def test_a_gradient_scaler_changes_nothing_and_its_skips_are_skipped(fused: bool
     assert_small(runs[0])
 
 
+def test_a_scaled_loss_that_nobody_knows() -> None:
+    """The local metric of a replay is in units of the loss, whatever a GradScaler multiplies it by."""
+
+    def unknown(y: Tensor, t: Tensor) -> Tensor:
+        return (y - nn.functional.one_hot(t, 4)).abs().pow(1.5).mean()
+
+    tables = []
+    for scale in (1.0, 2.0**12):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
+
+        def update(run: Run, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler = scaler) -> Tensor:
+            loss = unknown(run.model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(run.optimizer)
+            scaler.update()
+            return loss
+
+        run = train(of("mlp", adam), update, steps=24)
+        tables.append(run.controller.state_dict()["loop"]["gates"]["table"].float())
+    assert len(tables[0]) >= 4
+    torch.testing.assert_close(*tables, rtol=0.02, atol=1e-5)
+
+
+class Master(Optimizer):
+    """Adam on a float32 copy of each parameter, which is given in bfloat16: all its state is float32."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["step"], state["master"] = torch.zeros(()), p.float()
+                    state["first"] = torch.zeros_like(state["master"])
+                    state["second"] = torch.zeros_like(state["master"])
+                gradient = p.grad.float()
+                state["step"] += 1
+                state["first"].lerp_(gradient, 0.1)
+                state["second"].lerp_(gradient.square(), 0.001)
+                rate = group["lr"] * (1 - 0.999 ** state["step"]).sqrt() / (1 - 0.9 ** state["step"])
+                state["master"].sub_(rate * state["first"] / (state["second"].sqrt() + 1e-8))
+                p.copy_(state["master"])
+
+
+@pytest.mark.parametrize("layout", ["masked", "compact"])
+def test_bfloat16_parameters_with_float32_state(layout: str) -> None:
+    """What is parked keeps both, bit for bit; statistics are float32."""
+    build, shape = rig.NETS["mlp"]
+    torch.manual_seed(0)
+    model = build().to(torch.bfloat16)
+    optimizer = Master(model.parameters())
+    quiet = cp.Control(update_every=10**6, observe_every=1)
+    controller = cp.attach(model, optimizer, budget=cp.Budget(flops=0.5), total_steps=STEPS, policy=quiet,
+                           example_inputs=(torch.zeros(2, *shape, dtype=torch.bfloat16),))  # fmt: skip
+    run = Run(model, optimizer, controller, shape, 0)
+
+    def update(run: Run, x: Tensor, y: Tensor) -> Tensor:
+        return plain(run, x.to(torch.bfloat16), y)
+
+    train(run, update, steps=6)
+    name, size = controller.groups[0].name, controller.groups[0].size
+    off = torch.arange(size) % 3 == 0
+    reader = dict(model.named_parameters())["3.weight"]
+
+    def parked() -> dict[str, Tensor]:
+        return {"": reader.detach()[:, off].clone()} | {
+            key: value[:, off].clone() for key, value in optimizer.state[reader].items() if value.ndim == 2
+        }
+
+    before = parked()
+    assert {str(v.dtype) for v in before.values()} == {"torch.bfloat16", "torch.float32"}
+    controller.set_masks({name: ~off})
+    if layout == "compact":
+        controller.shrink()
+    train(run, update, steps=6)
+    controller.expand()
+    controller.set_masks({name: torch.ones(size, dtype=torch.bool)})
+    after = parked()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    loop = controller.state_dict()["loop"]
+    assert all(m.dtype == torch.float32 for k, m in loop["moments"].items() if k != "count")
+    assert bool(loop["moments"]["first"].any())
+
+
+def test_bfloat16_parameters_to_the_end() -> None:
+    build, shape = rig.NETS["mlp"]
+    torch.manual_seed(0)
+    model = build().to(torch.bfloat16)
+    optimizer = Master(model.parameters())
+    x = torch.zeros(2, *shape, dtype=torch.bfloat16)
+    dense = rig.flops(model, x)
+    controller = cp.attach(model, optimizer, budget=cp.Budget(flops=0.5), total_steps=STEPS,
+                           policy=rig.QUICK, example_inputs=(x,))  # fmt: skip
+    run = Run(model, optimizer, controller, shape, dense)
+    train(run, lambda run, x, y: plain(run, x.to(torch.bfloat16), y))
+    assert controller.skipped == 0
+    controller.finalize()
+    assert rig.flops(model, x) <= 0.5 * dense
+    inputs, labels = rig.batch(1, shape)
+    plain(run, inputs.to(torch.bfloat16), labels)
+    for p in model.parameters():
+        assert optimizer.state[p]["master"].shape == p.shape
+        assert bool(p.isfinite().all())
+
+
 def test_gradient_accumulation_is_one_observation_of_the_whole_batch() -> None:
     def halves(run: Run, x: Tensor, y: Tensor) -> Tensor:
         parts = [cross_entropy(run.model(a), b) / 2 for a, b in zip(x.chunk(2), y.chunk(2), strict=True)]
