@@ -61,8 +61,7 @@ def main() -> int:
     task, seeds = load(chosen.task, chosen.data), chosen.seeds
 
     fit, traces = identified(task, seeds)
-    a, b, c = fit.theta
-    print(f"plant: y' = {a:.3f} y {b:+.3f} u' {c:+.3f}, gain {fit.response.gain:.3f}, delay {fit.delay}\n")
+    print(f"plant: y' = {fit.a:.3f} y {fit.b:+.3f} u' + c, gain {fit.response.gain:.3f}, delay {fit.delay}\n")
     print(_table(_prediction_rows(fit)))
     steps = stepped(task, seeds, fit)
     for name, step in steps.items():
@@ -136,7 +135,7 @@ def _strained_rows(runs: Sequence[Strained]) -> Rows:
         {
             "loop": run.name,
             "gain margin, dB": f"{20 * np.log10(run.margins.gain):.1f}",
-            "phase margin": f"{run.margins.phase:.0f}",
+            "phase margin": f"{run.margins.phase:.0f}" if run.margins.gain > 1 else "unstable",
             "rms error, points": f"{100 * run.rms:.1f}",
             "largest": f"{100 * run.largest:.1f}",
             "sign changes per update": f"{run.changes:.2f}",

@@ -7,10 +7,11 @@ in per cent of dense, the price relative to its feed-forward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import control
 import numpy as np
-from loop_studies import Rejection, Rival, Step
+from loop_studies import JUMP, Rejection, Rival, Step
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -25,12 +26,13 @@ __all__ = ["margins_figure", "plant_figure", "rivals_figure"]
 BLUE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#c1580a", "#2c7a3f", "#b3402f", "#8a8a8a"
 SHOWN = 80  # updates of the run that is drawn
 OMEGA = np.geomspace(0.01, np.pi, 800)
+LATE = 5  # updates: the delay that is put in
 OUTSIDE = 3.0  # the part of the z plane that is drawn
 
 
 def plant_figure(fit: Fit, traces: Sequence[Trace], steps: Mapping[str, Step]) -> Figure:
     figure = Figure(figsize=(10.5, 5.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.55, 1), height_ratios=(2.2, 1))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.4, 1), height_ratios=(2.2, 1))
     _predicted_run(figure.add_subplot(grid[0, 0]), fit, traces[0])
     _prices(figure.add_subplot(grid[1, 0]), traces[0])
     _steps(figure.add_subplot(grid[:, 1]), fit, steps)
@@ -41,7 +43,7 @@ def _predicted_run(axis: Axes, fit: Fit, trace: Trace) -> None:
     k = np.arange(SHOWN)
     axis.plot(k, 100 * trace.use[-SHOWN:], color="black", lw=1.6, label="actual")
     for ahead, colour, style in ((1, BLUE, "-"), (10, ORANGE, "--")):
-        ahead_of = 100 * predict(fit.theta, fit.delay, trace, ahead)[-SHOWN:]
+        ahead_of = 100 * predict(fit, 0, trace, ahead)[-SHOWN:]
         miss = 100 * fit.errors[ahead][0]
         axis.plot(
             k,
@@ -49,10 +51,10 @@ def _predicted_run(axis: Axes, fit: Fit, trace: Trace) -> None:
             color=colour,
             lw=1.2,
             ls=style,
-            label=f"predicted {ahead} ahead (error {miss:.1f} points)",
+            label=f"{ahead} ahead ({miss:.1f} points off)",
         )
     axis.set_ylabel("FLOPs in use, % of dense")
-    axis.set_title("Last part of a dithered run, not used for the fit", fontsize=10)
+    axis.set_title("Predicted in the part of a run that the fit has not seen", fontsize=10)
     axis.tick_params(labelbottom=False)
     axis.margins(x=0.01, y=0.22)
     axis.legend(fontsize=8, loc="upper left", ncols=3, frameon=False)
@@ -79,11 +81,9 @@ def _steps(axis: Axes, fit: Fit, steps: Mapping[str, Step]) -> None:
         )
         axis.plot(k, 100 * step.predicted, color=colour, lw=1.4, ls="--", label="predicted")
     response = fit.response
-    axis.set_title(
-        f"Step of the log price by ±0.4: gain {response.gain:.2f}, pole {response.pole:.2f}, "
-        f"delay {response.delay}",
-        fontsize=10,
-    )
+    axis.set_title(f"Step of the log price by ±{JUMP}", fontsize=10)
+    plant = f"gain {response.gain:.2f}, pole {response.pole:.2f}, delay {response.delay}"
+    axis.text(0.98, 0.03, f"identified: {plant}", transform=axis.transAxes, ha="right", fontsize=8)
     axis.axhline(0, color=GREY, lw=0.6)
     axis.set_xlabel("updates since the step")
     axis.set_ylabel("change of FLOPs in use, points of dense")
@@ -95,14 +95,17 @@ def _steps(axis: Axes, fit: Fit, steps: Mapping[str, Step]) -> None:
 
 def margins_figure(response: Response, regulator: PI, found: Margins) -> Figure:
     open_loop = loop(response, regulator)
-    answer = np.array([open_loop(np.exp(1j * w)) for w in OMEGA], complex)
+    late = loop(replace(response, delay=response.delay + LATE), regulator)
+    answer, late_answer = (
+        np.array([system(np.exp(1j * w)) for w in OMEGA], complex) for system in (open_loop, late)
+    )
     figure = Figure(figsize=(11.5, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1.15, 1, 1))
     magnitude = figure.add_subplot(grid[0, 0])
     phase = figure.add_subplot(grid[1, 0], sharex=magnitude)
     _bode(magnitude, phase, answer, found)
-    _nyquist(figure.add_subplot(grid[:, 1]), answer, found)
-    _root_locus(figure.add_subplot(grid[:, 2]), open_loop, found)
+    _nyquist(figure.add_subplot(grid[:, 1]), answer, late_answer, found)
+    _root_locus(figure.add_subplot(grid[:, 2]), open_loop, late)
     return figure
 
 
@@ -114,8 +117,8 @@ def _bode(magnitude: Axes, phase: Axes, answer: NDArray[np.complex128], found: M
     magnitude.axhline(0, color=GREY, lw=0.8)
     magnitude.plot([crossing] * 2, [-depth, 0], color=RED, lw=2)
     magnitude.annotate(
-        f"gain margin\n{depth:.1f} dB (× {found.gain:.1f})", (crossing, -depth / 2), (-8, 0),
-        textcoords="offset points", ha="right", va="center", fontsize=8, color=RED,
+        f"gain margin\n{depth:.1f} dB (× {found.gain:.1f})", (crossing, -depth), (-14, 2),
+        textcoords="offset points", ha="right", va="bottom", fontsize=8, color=RED,
     )  # fmt: skip
     magnitude.set_ylabel("|L|, dB")
     magnitude.set_title("Bode", fontsize=10)
@@ -138,62 +141,61 @@ def _bode(magnitude: Axes, phase: Axes, answer: NDArray[np.complex128], found: M
         _quiet(axis)
 
 
-def _nyquist(axis: Axes, answer: NDArray[np.complex128], found: Margins) -> None:
+def _nyquist(
+    axis: Axes, answer: NDArray[np.complex128], late: NDArray[np.complex128], found: Margins
+) -> None:
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 300))
     axis.plot(np.real(circle), np.imag(circle), color=GREY, lw=0.8, ls="--")
     axis.plot(answer.real, answer.imag, color=BLUE, label="L, ω > 0")
     axis.plot(answer.real, -answer.imag, color=BLUE, lw=0.8, ls=":", label="ω < 0")
-    nearest = answer[np.argmin(np.abs(1 + answer))]
-    distance = abs(1 + nearest)
-    axis.plot([-1, nearest.real], [0, nearest.imag], color=ORANGE, lw=1.5)
-    axis.annotate(
-        f"nearest: {distance:.2f}\n(largest |S| {1 / distance:.2f})", (nearest.real, nearest.imag),
-        (0.15, -0.75),
-        fontsize=8, color=ORANGE, arrowprops={"arrowstyle": "-", "color": ORANGE, "lw": 0.6},
-    )  # fmt: skip
+    axis.plot(late.real, late.imag, color=ORANGE, lw=1, ls="--", label=f"{LATE} updates late")
+    nearest = np.abs(1 + answer).min()
     angle = np.radians(np.linspace(180, 180 + found.phase, 60))
     axis.plot(0.6 * np.cos(angle), 0.6 * np.sin(angle), color=GREEN, lw=1.5)
     there = np.exp(1j * np.radians(found.phase - 180))
     axis.plot([0, there.real], [0, there.imag], color=GREEN, lw=0.8)
     axis.text(-0.5, -0.6, f"{found.phase:.0f}°", color=GREEN, fontsize=8, ha="center")
     axis.plot([-1], [0], "+", color=RED, ms=11, mew=2)
-    axis.annotate("−1: stability limit", (-1, 0), (-1.35, 0.16), fontsize=8, color=RED)
+    axis.annotate("−1: stability limit", (-1, 0), (-1.55, 0.12), fontsize=8, color=RED)
     axis.plot([-1 / found.gain], [0], "o", color=RED, ms=4)
-    axis.annotate(f"−1/{found.gain:.1f}", (-1 / found.gain, 0), (-0.42, 0.1), fontsize=8, color=RED)
+    axis.annotate(f"−1/{found.gain:.1f}", (-1 / found.gain, 0), (-0.4, 0.12), fontsize=8, color=RED)
     axis.set_xlim(-1.6, 1.2)
     axis.set_ylim(-2.0, 1.6)
     axis.set_aspect("equal")
-    axis.set_title("Nyquist", fontsize=10)
+    axis.set_title(f"Nyquist: |1 + L| ≥ {nearest:.2f}, so |S| ≤ {1 / nearest:.2f}", fontsize=10)
     axis.set_xlabel("Re L")
     axis.set_ylabel("Im L")
     axis.legend(fontsize=8, loc="lower right", frameon=False)
     _quiet(axis)
 
 
-def _root_locus(axis: Axes, open_loop: control.TransferFunction, found: Margins) -> None:
+def _root_locus(axis: Axes, open_loop: control.TransferFunction, late: control.TransferFunction) -> None:
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 300))
     axis.plot(np.real(circle), np.imag(circle), color=GREY, lw=1, ls="--")
-    axis.text(0, 1.05, "unit circle: stability limit", fontsize=8, color=GREY, ha="center")
-    factors = np.geomspace(1e-2, 40, 3000)
-    poles = np.array([_poles(open_loop, f) for f in factors])
-    inside = np.abs(poles) < OUTSIDE
-    axis.plot(
-        np.real(poles)[inside], np.imag(poles)[inside], ".", color=BLUE, ms=1.5, label="gain × 0.01 to × 40"
-    )
-    marks = ((1.0, "o", GREEN, "designed"), (2.0, "s", ORANGE, "gain × 2"))
-    for factor, marker, colour, name in (*marks, (found.gain, "X", RED, f"gain × {found.gain:.1f}")):
-        there = _poles(open_loop, factor)
-        axis.plot(np.real(there), np.imag(there), marker, color=colour, ms=7, mfc="none", mew=1.6, label=name)
+    axis.text(0, -1.1, "unit circle: stability limit", fontsize=8, color=GREY, ha="center", va="top")
+    for system, colour, name in ((open_loop, BLUE, "as designed"), (late, ORANGE, f"{LATE} updates late")):
+        poles = np.array([_poles(system, f) for f in np.geomspace(1e-2, 40, 3000)])
+        inside = np.abs(poles) < OUTSIDE
+        axis.plot(
+            np.real(poles)[inside], np.imag(poles)[inside], ".", color=colour, ms=1.5,
+            label=f"{name}, gain × 0.01 to × 40",
+        )  # fmt: skip
+        for factor, marker in ((1.0, "o"), (2.0, "s")):
+            there = _poles(system, factor)
+            label = f"gain × {factor:.0f}" if system is open_loop else None
+            axis.plot(
+                np.real(there), np.imag(there), marker, color=colour, ms=6, mfc="none", mew=1.4, label=label
+            )
     start = np.asarray(control.poles(open_loop), complex)
     axis.plot(np.real(start), np.imag(start), "x", color="black", ms=6, label="poles of L")
-    axis.set_xlim(-1.5, 1.4)
-    axis.set_ylim(-1.5, 2.1)
+    axis.set_xlim(-1.5, 1.5)
+    axis.set_ylim(-1.4, 2.2)
     axis.set_aspect("equal")
     axis.axhline(0, color=GREY, lw=0.4)
     axis.set_title("Root locus over the loop gain", fontsize=10)
     axis.set_xlabel("Re z")
     axis.set_ylabel("Im z")
-    axis.legend(fontsize=7.5, loc="upper right", ncols=2, frameon=False)
+    axis.legend(fontsize=7.5, loc="upper right", frameon=False, markerscale=1)
     _quiet(axis)
 
 

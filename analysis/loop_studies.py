@@ -90,11 +90,10 @@ def stepped(task: Task, seeds: int, fit: Fit) -> dict[str, Step]:
     for name, sign in (("up", 1.0), ("down", -1.0)):
         pieces = [p for trace in traces for p in _pieces(trace, sign)]
         actual = np.array(pieces)
-        a, b, _ = fit.theta
         before = np.full(SQUARE + 1, -sign * JUMP / 2)
         before[1:] *= -1.0
-        rest = -b * sign * JUMP / 2 / (1 - a)  # deviation at rest before the step
-        moved = simulate((a, b, 0.0), fit.delay, before, rest)
+        rest = fit.response.gain * sign * JUMP / 2  # the deviation at rest before the step
+        moved = simulate(fit, before, rest)
         predicted = moved - moved[0]
         mean = actual.mean(axis=0)
         spread = actual.std(axis=0, ddof=1) / np.sqrt(len(actual))

@@ -2,7 +2,8 @@
 
 y: realised use, fraction of dense; u: log of the relative price (policies/pricing.py), which dither moves
 about while the loop is closed. Recursive least squares (regulators/identify.py) over the first part
-of a run, judged on what follows, which it has not seen. Prediction k updates ahead, the prices known::
+of some runs, judged on what follows, which it has not seen; a and b are those of all runs, c each run's own.
+Prediction k updates ahead, the prices known::
 
     ŷ_{t+i} = a ŷ_{t+i−1} + b u_{t+i−d} + c,  i = 1 … k,   ŷ_t = y_t
 
@@ -20,7 +21,7 @@ its noise is the mean |E| at the two bins beside each harmonic, over |D_h|.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,43 +48,42 @@ class Trace:
 
 @dataclass(frozen=True)
 class Fit:
-    theta: tuple[float, float, float]  # a, b, c
+    a: float
+    b: float
+    constants: tuple[float, ...]  # c of each run
     delay: int
     errors: dict[int, tuple[float, float, float]]  # updates ahead -> of the model, "as now", "as on average"
 
     @property
     def response(self) -> Response:
-        a, b, _ = self.theta
-        return Response(-b / (1 - a), min(max(a, 0.0), 0.99), self.delay)
-
-
-def _rows(trace: Trace, delay: int) -> tuple[Array, Array]:
-    """Features (y_t, u_{t+1−d}, 1) and targets y_{t+1}."""
-    now, then = np.arange(delay, len(trace.use) - 1), np.arange(delay + 1, len(trace.use))
-    features = np.stack([trace.use[now], trace.log_price[then - delay], np.ones(len(now))], axis=1)
-    return features, trace.use[then]
+        return Response(-self.b / (1 - self.a), min(max(self.a, 0.0), 0.99), self.delay)
 
 
 def identify(traces: Sequence[Trace], share: float = 0.6) -> Fit:
-    """One plant for all traces: fitted to the first `share` of each, the delay that predicts the fit best."""
+    """One plant for all traces: fitted to the first `share` of each, the delay that explains it best."""
     fits = [_identify(traces, share, delay) for delay in DELAYS]
     return min(fits, key=lambda fit: fit[1])[0]
 
 
 def _identify(traces: Sequence[Trace], share: float, delay: int) -> tuple[Fit, float]:
-    squares = LeastSquares((0.0, -0.3, 0.0), spread=10.0, forgetting=1.0)
+    """The fit, and the root mean square of its residuals."""
+    squares = LeastSquares((0.0, -0.3, *(0.0 for _ in traces)), spread=10.0, forgetting=1.0)
     state = squares.init()
     seen = [int(share * len(trace.use)) for trace in traces]
-    pairs = [_rows(_part(trace, 0, n), delay) for trace, n in zip(traces, seen, strict=True)]
-    for features, targets in pairs:
-        for row, target in zip(features, targets, strict=True):
-            state = squares.update(state, row, float(target))
-    a, b, c = (float(x) for x in state.theta)
-    residual = np.concatenate([targets - features @ state.theta for features, targets in pairs])
+    rows = []
+    for k, (trace, stop) in enumerate(zip(traces, seen, strict=True)):
+        own = np.eye(len(traces))[k]
+        for t in range(delay, stop - 1):
+            rows.append((np.array([trace.use[t], trace.log_price[t + 1 - delay], *own]), trace.use[t + 1]))
+    for features, target in rows:
+        state = squares.update(state, features, float(target))
+    a, b, *constants = (float(x) for x in state.theta)
+    residuals = [target - features @ state.theta for features, target in rows]
+    fit = Fit(a, b, tuple(constants), delay, {})
     rest = [_part(trace, n, len(trace.use)) for trace, n in zip(traces, seen, strict=True)]
     means = [float(trace.use[:n].mean()) for trace, n in zip(traces, seen, strict=True)]
-    errors = {k: _errors((a, b, c), delay, rest, means, k) for k in AHEAD}
-    return Fit((a, b, c), delay, errors), float(np.sqrt(np.mean(residual**2)))
+    errors = {ahead: _errors(fit, rest, means, ahead) for ahead in AHEAD}
+    return replace(fit, errors=errors), float(np.sqrt(np.mean(np.square(residuals))))
 
 
 def _part(trace: Trace, start: int, stop: int) -> Trace:
@@ -91,10 +91,10 @@ def _part(trace: Trace, start: int, stop: int) -> Trace:
 
 
 def _errors(
-    theta: tuple[float, float, float], delay: int, rest: Sequence[Trace], means: Sequence[float], ahead: int
+    fit: Fit, rest: Sequence[Trace], means: Sequence[float], ahead: int
 ) -> tuple[float, float, float]:
-    first = ahead + delay
-    model = [t.use[first:] - predict(theta, delay, t, ahead)[first:] for t in rest]
+    first = ahead + fit.delay
+    model = [t.use[first:] - predict(fit, k, t, ahead)[first:] for k, t in enumerate(rest)]
     now = [t.use[first:] - t.use[first - ahead : -ahead] for t in rest]
     average = [t.use[first:] - mean for t, mean in zip(rest, means, strict=True)]
     return (_rms(model), _rms(now), _rms(average))
@@ -104,24 +104,22 @@ def _rms(errors: Sequence[Array]) -> float:
     return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
 
 
-def predict(theta: tuple[float, float, float], delay: int, trace: Trace, ahead: int) -> Array:
+def predict(fit: Fit, run: int, trace: Trace, ahead: int) -> Array:
     """ŷ_t from what was known `ahead` updates before, and the prices since; nan where that is too early."""
-    a, b, c = theta
     out = np.full(len(trace.use), np.nan)
-    for t in range(ahead + delay, len(trace.use)):
+    for t in range(ahead + fit.delay, len(trace.use)):
         y = trace.use[t - ahead]
         for i in range(t - ahead + 1, t + 1):
-            y = a * y + b * trace.log_price[i - delay] + c
+            y = fit.a * y + fit.b * trace.log_price[i - fit.delay] + fit.constants[run]
         out[t] = y
     return out
 
 
-def simulate(theta: tuple[float, float, float], delay: int, log_price: Array, start: float) -> Array:
-    """The use that the plant alone answers to a sequence of prices."""
-    a, b, c = theta
+def simulate(fit: Fit, log_price: Array, start: float) -> Array:
+    """The deviation of the use that the plant alone answers to a sequence of prices."""
     out, y = np.empty(len(log_price)), start
     for t in range(len(log_price)):
-        y = a * y + b * log_price[max(0, t - delay)] + c
+        y = fit.a * y + fit.b * log_price[max(0, t - fit.delay)]
         out[t] = y
     return out
 
