@@ -88,6 +88,7 @@ def _steps(axis: Axes, fit: Fit, steps: Mapping[str, Step]) -> None:
     axis.set_xlabel("updates since the step")
     axis.set_ylabel("change of FLOPs in use, points of dense")
     axis.set_xlim(0, len(next(iter(steps.values())).actual) - 1)
+    axis.set_xticks(range(0, 21, 5))
     axis.margins(y=0.25)
     axis.legend(fontsize=8, loc="upper right", ncols=2, frameon=False)
     _quiet(axis)
@@ -117,7 +118,7 @@ def _bode(magnitude: Axes, phase: Axes, answer: NDArray[np.complex128], found: M
     magnitude.axhline(0, color=GREY, lw=0.8)
     magnitude.plot([crossing] * 2, [-depth, 0], color=RED, lw=2)
     magnitude.annotate(
-        f"gain margin\n{depth:.1f} dB (× {found.gain:.1f})", (crossing, -depth), (-14, 2),
+        f"gain margin\n{depth:.1f} dB (× {found.gain:.1f})", (crossing, 0), (-2, 4),
         textcoords="offset points", ha="right", va="bottom", fontsize=8, color=RED,
     )  # fmt: skip
     magnitude.set_ylabel("|L|, dB")
@@ -158,7 +159,10 @@ def _nyquist(
     axis.plot([-1], [0], "+", color=RED, ms=11, mew=2)
     axis.annotate("−1: stability limit", (-1, 0), (-1.55, 0.12), fontsize=8, color=RED)
     axis.plot([-1 / found.gain], [0], "o", color=RED, ms=4)
-    axis.annotate(f"−1/{found.gain:.1f}", (-1 / found.gain, 0), (-0.4, 0.12), fontsize=8, color=RED)
+    axis.annotate(
+        f"−1/{found.gain:.1f}", (-1 / found.gain, 0), (0.25, -0.45), fontsize=8, color=RED,
+        arrowprops={"arrowstyle": "-", "color": RED, "lw": 0.6},
+    )  # fmt: skip
     axis.set_xlim(-1.6, 1.2)
     axis.set_ylim(-2.0, 1.6)
     axis.set_aspect("equal")
@@ -177,9 +181,9 @@ def _root_locus(axis: Axes, open_loop: control.TransferFunction, late: control.T
         poles = np.array([_poles(system, f) for f in np.geomspace(1e-2, 40, 3000)])
         inside = np.abs(poles) < OUTSIDE
         axis.plot(
-            np.real(poles)[inside], np.imag(poles)[inside], ".", color=colour, ms=1.5,
-            label=f"{name}, gain × 0.01 to × 40",
+            np.real(poles)[inside], np.imag(poles)[inside], ".", color=colour, ms=1.5
         )  # fmt: skip
+        axis.plot([], [], color=colour, lw=2, label=f"{name}, gain × 0.01 to × 40")
         for factor, marker in ((1.0, "o"), (2.0, "s")):
             there = _poles(system, factor)
             label = f"gain × {factor:.0f}" if system is open_loop else None
