@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .budget import Budget, Price
-from .controller import Controller, require_unattached
+from .controller import Controller
 from .distributed import is_sharded, unwrapped
 from .gauge import Gauge
 from .instruments import Instruments
@@ -26,6 +26,7 @@ from .rounding import group_multiples
 from .setting import make_setting
 from .structure.groups import Structure
 from .traced import Traced, trace
+from .wiring import require_unattached
 
 __all__ = ["attach"]
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checksum import checksum
-from .controller import Controller, require_unattached
+from .controller import Controller
 from .copies import compact_copies
 from .files import replacing
 from .masking import Plant
@@ -36,6 +36,7 @@ from .structure.portable import (
     structure_from_json,
     structure_to_json,
 )
+from .wiring import require_unattached
 
 __all__ = ["load", "save"]
 
