@@ -14,8 +14,8 @@ from test_distributed import data, everywhere
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from workers import ranks
 
@@ -223,6 +223,35 @@ def test_what_is_refused(rank: int) -> None:
         cp.attach(model, sgd, budget=half, example_inputs=(x,), total_steps=9, policy=MASKS_ONLY)
     with pytest.raises(ValueError, match=r"seed"):
         Run(by_layer, seed=rank)
+
+
+@ranks(2)
+def test_traced_without_memory_and_computed_in_bfloat16(rank: int) -> None:
+    """As large models are made: on the meta device, sharded, then filled; bfloat16 only to compute in."""
+    with torch.device("meta"):
+        model = net().float()
+    traced = cp.trace(model, (torch.zeros(2, 8, device="meta"),))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), net().float().parameters(), strict=True):
+            assert isinstance(parameter, DTensor)
+            parameter.copy_(distribute_tensor(value.detach(), parameter.device_mesh, parameter.placements))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    controller = cp.attach(model, optimizer, budget=cp.Budget(flops=0.5), example_inputs=traced,
+                           total_steps=STEPS, policy=MASKS_ONLY, round_to=1)  # fmt: skip
+    for step in range(STEPS):
+        x, y = data(step, rank)
+        loss = nn.functional.cross_entropy(model(x).float(), y)
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    small = controller.finalize(into=net().float())
+    assert controller.cost()["flops"].fraction <= 0.5
+    assert controller.skipped == 0
+    x, _ = data(0, rank)
+    torch.testing.assert_close(small(x), model(x).float(), rtol=0.05, atol=0.05)
 
 
 @ranks(2)
