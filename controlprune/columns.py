@@ -56,7 +56,7 @@ class Watch:
         self.settle()
         return self.record[dim]
 
-    @uninterrupted()
+    @uninterrupted
     @torch.no_grad()
     def settle(self) -> None:
         """Bring the record to the scale `parameter.grad` has now."""
@@ -78,7 +78,7 @@ class Watch:
         else:
             self.later(self.complete)
 
-    @uninterrupted()
+    @uninterrupted
     @torch.no_grad()
     def complete(self) -> None:
         """Add what has arrived for dormant columns to the record, and clear it."""

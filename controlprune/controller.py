@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .budget import UNITS, Budget, Price
 from .intake import Intake
-from .interrupts import uninterrupted
+from .interrupts import Uninterrupted, uninterrupted
 from .layouts import Layouts, widths_of
 from .masking import Plant, checked
 from .resources import Survey
@@ -124,11 +124,11 @@ class Controller(Wiring):
 
     # --- the loop -------------------------------------------------------------------------------
 
-    @uninterrupted()
+    @uninterrupted
     def step(self, loss: Tensor | float) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
         self._require_live("step")
-        with uninterrupted():
+        with Uninterrupted():
             started = time.process_time()
             self._metering.enter()
             full = self._intake.after_step(loss)
@@ -193,7 +193,7 @@ class Controller(Wiring):
 
     # --- the end --------------------------------------------------------------------------------
 
-    @uninterrupted()
+    @uninterrupted
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """The same model object, plain, dense and small, inside the budget; the optimizer stays valid.
 
@@ -231,7 +231,7 @@ class Controller(Wiring):
         self._close()
         return small
 
-    @uninterrupted()
+    @uninterrupted
     def detach(self) -> nn.Module:
         """The model as it was found: dense, with all learned weights, no hooks."""
         self._require_live("detach")
@@ -284,7 +284,7 @@ class Controller(Wiring):
         }
         return signed(copy.deepcopy(state))
 
-    @uninterrupted()
+    @uninterrupted
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
         self._require_live("load_state_dict")

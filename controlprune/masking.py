@@ -319,7 +319,7 @@ class Plant:
         if self.optimizer is not None:
             places = [(tensors[s.name], resting_rows(s), at(s.cuts, "silent")) for s in resting]
 
-            @uninterrupted()
+            @uninterrupted
             def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
                 with torch.no_grad():
                     for parameter, rows, silent in places:

@@ -232,7 +232,7 @@ class Wiring(ABC):
             self._metering.beside(dense=3.0)
             self._event = ",".join(kind for kind in (self._event, "probe") if kind)
 
-    @uninterrupted()
+    @uninterrupted
     def _relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
         """The one way to other masks or the other layout."""
         compact = compact and not all(bool(m.all()) for m in masks)

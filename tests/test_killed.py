@@ -29,7 +29,7 @@ from workers import ranks, start
 import controlprune as cp
 from controlprune.distributed import digest
 from controlprune.files import replacing
-from controlprune.interrupts import uninterrupted
+from controlprune.interrupts import Uninterrupted
 
 STEPS, EVERY = 80, 4
 
@@ -258,7 +258,7 @@ def test_ctrl_c_at_60_moments() -> None:
 
 
 def press_twice(reached: list[str]) -> None:
-    with uninterrupted():
+    with Uninterrupted():
         signal.raise_signal(signal.SIGINT)
         reached.append("after the first")
         signal.raise_signal(signal.SIGINT)
