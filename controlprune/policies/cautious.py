@@ -80,6 +80,8 @@ def allocate(
         widths = [int(m.sum()) for m in masks]
         least = floors(least, steps, even, stand.trust, widths, most if stand.at_budget else None)
     bounds = np.array([limits.get(k, np.inf) for k in names]) * dense
+    # dormant units are worth much the same: at a price they come back all at once, as many as may
+    back = most if limits else np.maximum(np.array(steps), most // 2)
     problem = Problem(
         values=values,
         costs=tuple(setting.costs.values()),
@@ -89,7 +91,7 @@ def allocate(
         steps=steps,
         grains=setting.grains,
         masks=tuple(m.numpy() for m in masks),
-        held=held(values, masks, stand.young, most),
+        held=held(values, masks, stand.young, back),
         hysteresis=stand.hysteresis,
         tolerance=FINE if stand.fine else min(max(_grain(setting), NEAR), FAR),
         resources=names,
