@@ -92,7 +92,7 @@ def require_alike(blank: Any, saved: Any, where: str = "") -> None:
             require_alike(value, other, f"{where}/{k}")
     elif blank is not None:
         kinds = KINDS.get(type(blank), (type(blank),))
-        if type(saved) not in kinds or (type(blank) is int and saved < 0):
+        if type(saved) not in kinds or (type(blank) is int and not 0 <= saved < 2**31):
             raise ValueError(f"{where}: {saved!r} is no {type(blank).__name__}")
 
 
