@@ -222,6 +222,8 @@ class Reference:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.level, self.at_budget = float(state["level"]), bool(state["at_budget"])
+        if not 0.0 <= self.level <= 1.0:
+            raise ValueError(f"reference: level={self.level} is not from 0 to 1")
         self._factor = float(state["factor"])
         self._given.scaled(self._factor)  # an error if it cannot be
         self._plan = unpack(self._given.init(), state["plan"])
