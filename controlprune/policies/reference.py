@@ -9,8 +9,8 @@
 
 Exact resources have s = 1. Reasons to solve again (`moved`): what is asked changed by more than `MOVED` since
 the last solution (a stage of the plan, a budget that the user changed); a run total asks for another use of a
-step than there is; at the budget, a measured use left its band, from `UNDER` below to `NOISE` above. All
-are fractions of dense; a run total's are of a dense step, its sums of a dense run.
+step than there is, and nothing else is in the way; at the budget, a measured use left its band, from `UNDER`
+below to `NOISE` above. All are fractions of dense; a run total's are of a dense step, its sums of a dense run.
 
 The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
 the smallest net would miss by more than `MISSED` is said once, when the plan is at its end: how much of a
@@ -172,7 +172,9 @@ class Reference:
         old, use = self._solved, self.realised(widths)
         for name, r in asked.items():
             if name in self._spent and self.level == 0.0:
-                away = abs(r - self._spent[name][2]) > MOVED
+                wanted = r - self._spent[name][2]
+                full = any(use[k] > limit - MOVED for k, limit in asked.items() if k != name)
+                away = wanted < -MOVED or (wanted > MOVED and not full)
             else:
                 away = name not in old or abs(r - old[name]) > MOVED
                 measured = self.level == 0.0 and name in self._scales and name not in self._spent

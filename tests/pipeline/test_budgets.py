@@ -62,6 +62,19 @@ def test_a_total_out_of_reach_is_said_and_approached() -> None:
         assert 0.7 < timed(0.7, 0.5) < 0.8
 
 
+def test_a_total_that_does_not_bind_moves_nothing() -> None:
+    """Masks are those of the run without it; once they hold, they hold."""
+    runs = []
+    for budget in (cp.Budget(flops=0.4), cp.Budget(flops=0.4, train_flops=1.0)):
+        run = rig("residual", budget=budget, policy=cp.Control(), total_steps=400)
+        run.train(0, 400)
+        runs.append(run.controller.history)
+    without, beside = (sum(sum(r.on) + sum(r.off) for r in h if r.step > 300) for h in runs)
+    assert without == beside == 0
+    came_back = [sum(sum(r.on) for r in h) for h in runs]
+    assert came_back[1] <= 2 * came_back[0] + 4
+
+
 def test_several_budgets_are_all_met() -> None:
     budget = cp.Budget(flops=0.6, params=0.5, memory=0.7)
     run = rig("residual", budget=budget, policy=QUICK, total_steps=120)
