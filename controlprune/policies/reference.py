@@ -10,7 +10,7 @@
 Exact resources have s = 1. Reasons to solve again (`moved`): what is asked changed by more than `MOVED` since
 the last solution (a stage of the plan, a budget that the user changed); a run total asks for another use of a
 step than there is, and nothing else is in the way; at the budget, a measured use left its band, from `UNDER`
-below to `NOISE` above. All are fractions of dense; a run total's are of a dense step, its sums of a dense run.
+below to `NOISE` above. All are fractions of dense; a run total's are of a dense step, its sums of a run.
 
 The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
 the smallest net would miss by more than `MISSED` is said once, when the plan is at its end: how much of a
