@@ -213,16 +213,18 @@ class Controller(Wiring):
         self._checkpoints.require_admitted()
         before, was_compact = self._plant.masks, self._plant.compact
         self._weigh()
+        corrections = CORRECTIONS if self._metering.gauge is not None else 0
+        if corrections:
+            self._measure()  # no unit goes for one bad measurement
         decision = self._loop.last(before)
+        self._relayout(decision.masks, into is None)
+        for _ in range(corrections):
+            decision = self._loop.last(before)  # what was measured just now counts, both ways
+            if all(torch.equal(a, b) for a, b in zip(decision.masks, self._plant.masks, strict=True)):
+                break
+            self._relayout(decision.masks, True)
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")
-        self._relayout(decision.masks, into is None)
-        for _ in range(CORRECTIONS if self._metering.gauge is not None else 0):
-            again = self._loop.last(self._plant.masks)  # what was measured just now counts
-            if all(torch.equal(a, b) for a, b in zip(again.masks, decision.masks, strict=True)):
-                break
-            decision = again
-            self._relayout(decision.masks, True)
         self._event = "finalize"
         self._write(decision, before, was_compact)
         small = self._plant.model if into is None else self._plant.gathered(into)
