@@ -138,7 +138,7 @@ class Controller(Wiring):
                 warnings.warn(
                     f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the "
                     "masks hold from here on",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             self._replicas.watch_for_ddp(self.model, self.replicate)
             if self._due:

@@ -143,7 +143,7 @@ class Intake:
             warnings.warn(
                 f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, "
                 "or the optimizer skipped them); the masks hold until one is good",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

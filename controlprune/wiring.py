@@ -346,7 +346,7 @@ class Wiring(ABC):
         warnings.warn(
             f"controlprune: at step {self.steps} the replicas did not agree on masks or statistics; all "
             "of them go on from rank 0's model, optimizer and controller",
-            stacklevel=4,
+            stacklevel=5,
         )
         self._take_over(0)
         self._event = "repair"

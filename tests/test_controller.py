@@ -186,3 +186,10 @@ def test_parking_on_the_host_changes_nothing(net: str, device: str) -> None:
     for plant in (beside, host):
         plant.release()
     assert_same_bits(bits(runs[0].model, runs[0].optimizer), bits(runs[1].model, runs[1].optimizer))
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    run = rig(total_steps=1)
+    with pytest.warns(UserWarning, match="past total_steps") as seen:
+        run.train(0, 2)
+    assert seen[0].filename.endswith("rig.py")

@@ -13,8 +13,8 @@ step than there is, and nothing else is in the way; at the budget, a measured us
 below to `NOISE` above. All are fractions of dense; a run total's are of a dense step, its sums of a run.
 
 The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
-the smallest net would miss by more than `MISSED` is said once, when the plan is at its end: how much of a
-step does not shrink only the run shows, and a small cut shows it badly.
+the smallest net would miss by more than `MISSED` is said once, when the net is that small: how much of a step
+does not shrink only the run shows, and a larger net shows it badly.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ MOVED = 0.005  # of dense
 LITTLE = 0.05  # of a dense step
 HASTE = 0.7  # on the times of a plan that turns out to be too slow for a run total
 MISSED = 0.05  # of a run total's limit
+NEAR = 0.05  # of a dense step
 NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
 
 
@@ -107,8 +108,10 @@ class Reference:
         )
 
     def _say_what_is_missed(self, progress: float) -> None:
-        for name, (spent, limit, _) in self._spent.items():
+        for name, (spent, limit, use) in self._spent.items():
             least = self._least(name)
+            if use > least + NEAR:
+                continue
             end = spent + least * (1.0 - progress)
             if end > limit * (1.0 + MISSED) and name not in self._missed:
                 self._missed.add(name)
@@ -117,7 +120,7 @@ class Reference:
                     f"and a step of the smallest net still takes {least:.2g} of a dense one, so {end:.3g} is "
                     "the least; the run goes on as small as it can. Loosen it (controller.budget = …), or "
                     "train for fewer steps",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
 
     # --- what is asked --------------------------------------------------------------------------
