@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .budget import Budget, Price
+from .budget import Budget, Price, require_budget
 from .controller import Controller
 from .distributed import is_sharded, unwrapped
 from .gauge import Gauge
@@ -158,10 +158,7 @@ def _check_arguments(
         raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
-    if not isinstance(budget, (Budget, Price)):
-        raise TypeError(
-            f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
-        )
+    require_budget(budget)
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(
             f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"

@@ -25,7 +25,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 
-__all__ = ["MEASURED", "TOTALS", "UNITS", "Budget", "InfeasibleBudget", "Price", "Target", "parse"]
+__all__ = [
+    "MEASURED",
+    "TOTALS",
+    "UNITS",
+    "Budget",
+    "InfeasibleBudget",
+    "Price",
+    "Target",
+    "parse",
+    "require_budget",
+]
 
 TOTALS = frozenset({"train_flops", "train_time", "train_energy"})  # sums over the run
 MEASURED = frozenset({"latency", "energy", "train_time", "train_energy"})  # known only by measuring
@@ -183,3 +193,11 @@ class Price:
         """Resource -> price, of those that were given."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: float(value) for name, value in given.items() if value is not None}
+
+
+def require_budget(budget: object) -> None:
+    """TypeError if it is neither a Budget nor a Price."""
+    if not isinstance(budget, Budget | Price):
+        raise TypeError(
+            f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
+        )

@@ -25,6 +25,7 @@ from .links import Link
 from .masking import Plant
 from .shrink import at
 from .structure.extents import size
+from .structure.groups import widths_of
 
 __all__ = ["Checkpoints"]
 
@@ -123,7 +124,7 @@ class Checkpoints:
 
     def _misfit(self, state: Mapping[str, Any], prefix: str, masks: tuple[Tensor, ...] | None) -> str:
         """The first tensor whose shape is not that of the given masks (`None`: dense)."""
-        widths = None if masks is None else [int(m.sum()) for m in masks]
+        widths = None if masks is None else widths_of(masks)
         for name, extents in self.plant.structure.tensors.items():
             value = state.get(prefix + name)
             if isinstance(value, Tensor) and tuple(value.shape) != tuple(size(e, widths) for e in extents):

@@ -18,7 +18,7 @@ from .history import History
 from .instruments import Instruments
 from .plots import plot
 from .report import structure_report, summary
-from .resources import Bench, costs
+from .resources import Bench, measured_costs
 from .structure import analyse
 from .tasks import TASKS, TaskError, load
 from .version import __version__
@@ -124,7 +124,7 @@ def _profile(options: argparse.Namespace) -> None:
     measured = {}
     if options.measure and structure.groups:
         bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments())
-        measured = costs(("memory", "latency"), structure, bench)
+        measured = measured_costs(("memory", "latency"), structure, bench)
     print(structure_report(structure, measured))
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .budget import UNITS, Budget, Price
+from .budget import UNITS, Budget, Price, require_budget
 from .intake import Intake
-from .interrupts import Uninterrupted, uninterrupted
-from .layouts import Layouts, widths_of
+from .interrupts import uninterrupted
+from .layouts import Layouts
 from .masking import Plant, checked
 from .resources import Survey
 from .resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
-from .structure.groups import Group
+from .structure.groups import Group, widths_of
 from .structure.portable import misfit
 from .wiring import Wiring, attached, new_history
 
@@ -86,10 +86,7 @@ class Controller(Wiring):
     @budget.setter
     def budget(self, budget: Budget | Price) -> None:
         self._require_live("budget")
-        if not isinstance(budget, Budget | Price):
-            raise TypeError(
-                f"budget={budget!r}: give controlprune.Budget(flops=0.5) or controlprune.Price(flops=…)"
-            )
+        require_budget(budget)
         setting = self._settle(budget, self._survey)
         self._metering.retarget(budget)
         self._budget, self._setting = budget, setting
@@ -128,26 +125,25 @@ class Controller(Wiring):
     def step(self, loss: Tensor | float) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`."""
         self._require_live("step")
-        with Uninterrupted():
-            started = time.process_time()
-            self._metering.enter()
-            full = self._intake.after_step(loss)
-            self.steps += 1
-            self._metering.step()
-            if self.steps == self._setting.total_steps + 1:
-                warnings.warn(
-                    f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the "
-                    "masks hold from here on",
-                    stacklevel=3,
-                )
-            self._replicas.watch_for_ddp(self.model, self.replicate)
-            if self._due:
-                self._update()
-            elif full and self._replicas.alone:
-                self._read()
-            self._arm()
-            self._metering.leave()
-            self._overhead += time.process_time() - started
+        started = time.process_time()
+        self._metering.enter()
+        full = self._intake.after_step(loss)
+        self.steps += 1
+        self._metering.step()
+        if self.steps == self._setting.total_steps + 1:
+            warnings.warn(
+                f"controlprune: step {self.steps} is past total_steps={self._setting.total_steps}; the "
+                "masks hold from here on",
+                stacklevel=3,
+            )
+        self._replicas.watch_for_ddp(self.model, self.replicate)
+        if self._due:
+            self._update()
+        elif full and self._replicas.alone:
+            self._read()
+        self._arm()
+        self._metering.leave()
+        self._overhead += time.process_time() - started
 
     @property
     def skipped(self) -> int:

@@ -28,7 +28,7 @@ from .copies import compact_copies
 from .files import replacing
 from .masking import Plant
 from .structure.extents import size
-from .structure.groups import Structure
+from .structure.groups import Structure, widths_of
 from .structure.portable import (
     masks_from_json,
     masks_to_json,
@@ -149,7 +149,7 @@ def _misfit(
     structure: Structure, masks: Masks, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> str:
     """The first saved tensor that has not the name, the shape at these masks, or the kind of numbers."""
-    widths = [int(mask.sum()) for mask in masks]
+    widths = widths_of(masks)
     for name in sorted(own.keys() ^ tensors.keys()):
         return name
     for name, extents in structure.tensors.items():

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from .policies.base import Setting
 from .policies.pace import recompile_pays
+from .structure.groups import widths_of
 
-__all__ = ["COMPILED", "Layouts", "progress", "widths_of"]
+__all__ = ["COMPILED", "Layouts", "progress"]
 
 COMPILED = 4
 
@@ -80,11 +81,6 @@ class Layouts:
     def of(state: Mapping[str, Any]) -> Layouts:
         seen = {tuple(map(int, widths)): float(progress) for widths, progress in state["seen"]}
         return Layouts(seen, bool(state["looked"]), bool(state["compiled"]))
-
-
-def widths_of(masks: Sequence[Tensor]) -> Widths:
-    """Live units per group."""
-    return tuple(int(mask.sum()) for mask in masks)
 
 
 def progress(setting: Setting, widths: Widths) -> float:

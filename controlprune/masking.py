@@ -38,7 +38,7 @@ from .parking import check_packed, pack, unpack
 from .shrink import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
 from .structure.caches import drop_caches
 from .structure.extents import groups_in
-from .structure.groups import Structure
+from .structure.groups import Structure, widths_of
 from .structure.sizes import set_sizes
 
 __all__ = ["Plant", "checked", "named_tensors", "spots_of"]
@@ -135,7 +135,7 @@ class Plant:
                 cuts = cuts_of(spot, masks, tensor.device, known)
                 move(spot, tensor, self.optimizer, states[spot.name], cuts, switch)
         if changed and (compact or self.compact):
-            widths = tuple(int(m.sum()) for m in masks) if compact else self.structure.sizes
+            widths = widths_of(masks) if compact else self.structure.sizes
             set_sizes(self.model, self.structure, widths)
         if changed:
             drop_caches(self.model)

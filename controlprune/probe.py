@@ -19,6 +19,7 @@ from torch.func import functional_call
 from .copies import dense_copies, per_unit_products
 from .masking import Plant
 from .replay import Batch, float_leaves, undisturbed
+from .structure.groups import widths_of
 from .structure.sizes import set_sizes
 
 __all__ = ["probe"]
@@ -30,7 +31,7 @@ def probe(plant: Plant, batch: Batch) -> Tensor:
     readers = {part.tensor for group in plant.structure.groups for part in group.readers}
     leaves = {name: masked[name].detach().requires_grad_() for name in sorted(readers)}
     masked = masked | leaves
-    widths = [int(m.sum()) for m in plant.masks]
+    widths = widths_of(plant.masks)
     try:
         if plant.compact:
             set_sizes(plant.model, plant.structure, plant.structure.sizes)

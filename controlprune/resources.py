@@ -33,7 +33,7 @@ from .structure.extents import Fixed
 from .structure.groups import Structure
 from .structure.trace import call_model, copied, untouched
 
-__all__ = ["EXACT", "Bench", "Survey", "costs", "exact_costs", "measured_costs", "step_share"]
+__all__ = ["EXACT", "Bench", "Survey", "exact_costs", "measured_costs", "step_share"]
 
 FIXED = 0.15
 EXACT: Mapping[str, Callable[[Structure], Polynomial]] = {
@@ -83,13 +83,8 @@ class Survey:
 
 
 def measured_costs(names: Iterable[str], structure: Structure, bench: Bench) -> dict[str, Polynomial]:
-    """Of those resources that the trace alone does not tell."""
-    return {k: c for k, c in costs(names, structure, bench).items() if k not in EXACT}
-
-
-def costs(names: Iterable[str], structure: Structure, bench: Bench) -> dict[str, Polynomial]:
-    """C_k(n) of each resource; the model is left as it was found."""
-    found = exact_costs(names, structure)
+    """C_k(n) of those resources that the trace alone does not tell; the model is left as it was found."""
+    found: dict[str, Polynomial] = {}
     for name in names:
         if name in ("train_time", "train_energy"):
             found[name] = step_share(structure)

@@ -32,14 +32,14 @@ from .history import History, Record
 from .instruments import Instruments
 from .intake import Intake
 from .interrupts import uninterrupted
-from .layouts import Layouts, progress, widths_of
+from .layouts import Layouts, progress
 from .links import Link
 from .masking import Plant
 from .metering import Metering
 from .policies.base import Decision, Policy, Setting
 from .replay import Batch, Recorder, batch_size
 from .resources import Survey
-from .structure.groups import Structure
+from .structure.groups import Structure, widths_of
 
 __all__ = ["Wiring", "attached", "new_history", "require_unattached"]
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..allocation import prior_values, uniform
+from ..structure.groups import widths_of
 from ..tradeoff import Problem, Solution, solve
 from .base import Setting
 from .caution import Values, floors, held, margin_scale, slew, trusted
@@ -77,8 +78,8 @@ def allocate(
     most = slew(sizes, steps)
     least = setting.floors
     if even:
-        widths = [int(m.sum()) for m in masks]
-        least = floors(least, steps, even, stand.trust, widths, most if stand.at_budget else None)
+        binding = most if stand.at_budget else None
+        least = floors(least, steps, even, stand.trust, widths_of(masks), binding)
     bounds = np.array([limits.get(k, np.inf) for k in names]) * dense
     # dormant units are worth much the same: at a price they come back all at once, as many as may
     back = most if limits else np.maximum(np.array(steps), most // 2)

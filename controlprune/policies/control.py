@@ -46,6 +46,7 @@ from ..regulators.mpc import Horizon
 from ..regulators.observer import Observer
 from ..regulators.pi import PI
 from ..regulators.plan import Plan
+from ..structure.groups import widths_of
 from ..tradeoff import Solution
 from .base import Decision, Setting, Trial
 from .caution import stability
@@ -222,7 +223,7 @@ class ControlLoop:
 
     def _marginal_costs(self, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
-        widths = _widths(torch.split(on, list(self.setting.structure.sizes)))
+        widths = widths_of(torch.split(on, list(self.setting.structure.sizes)))
         one = np.ones(len(widths))
         total = np.zeros(len(widths))
         for name, cost in self.setting.costs.items():
@@ -263,7 +264,7 @@ class ControlLoop:
         self.reference.advance(progress, self.trend, stability)
         asked = self.reference.asked(progress)
         limits = self.reference.modelled(asked)
-        moved = self.reference.moved(asked, tuple(_widths(masks)))
+        moved = self.reference.moved(asked, widths_of(masks))
         always = not self.control.invert or bool(self.setting.prices)
         if self._frozen(step) and not (moved and (self.reference.feeds_back or self.retargeted)):
             return self._hold(step, masks, compact, asked)
@@ -279,7 +280,7 @@ class ControlLoop:
     def last(self, masks: tuple[Tensor, ...]) -> Decision:
         """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
         reference = dict(self.setting.budget)
-        if self.reference.met(tuple(_widths(masks))):
+        if self.reference.met(widths_of(masks)):
             return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
         self.age.fill_(OLD)  # no dwell, no slew: the budget comes first
@@ -319,7 +320,7 @@ class ControlLoop:
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
         self.weights = None
-        shrinks = self.control.shrink and (compact or self._pays(step, _widths(masks)))
+        shrinks = self.control.shrink and (compact or self._pays(step, widths_of(masks)))
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
@@ -442,7 +443,3 @@ def _calibrate_every(control: Control, setting: Setting, update_every: int) -> i
     if control.calibrate_every is not None:
         return control.calibrate_every
     return calibration_spacing(setting, control.trials, update_every)
-
-
-def _widths(masks: Sequence[Tensor]) -> list[int]:
-    return [int(m.sum()) for m in masks]

@@ -16,13 +16,15 @@ Everything here is frozen and framework-free: names and terms, no tensors of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import Tensor
+
 from .extents import Extent
 
-__all__ = ["Group", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work"]
+__all__ = ["Group", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work", "widths_of"]
 
 Role = Literal["reader", "producer"]
 
@@ -115,3 +117,8 @@ class Structure:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(g.name for g in self.groups)
+
+
+def widths_of(masks: Iterable[Tensor]) -> tuple[int, ...]:
+    """Live units per group."""
+    return tuple(int(mask.sum()) for mask in masks)
