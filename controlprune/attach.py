@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .budget import Budget, Price, require_budget
+from .budget import MEASURED, Budget, Price, require_budget
 from .controller import Controller
 from .distributed import is_sharded, unwrapped
 from .gauge import Gauge
@@ -23,7 +23,7 @@ from .policies.base import Policy, Setting
 from .policies.control import Control
 from .resources import EXACT, Bench, Survey, exact_costs, measured_costs
 from .rounding import group_multiples
-from .setting import make_setting
+from .setting import Steps, make_setting
 from .structure.groups import Structure
 from .traced import Traced, trace
 from .wiring import require_unattached
@@ -72,13 +72,15 @@ def attach(
     structure = traced.structure
     _check_optimizer_covers(model, optimizer, structure)
     known = round_to is not None or sharded
-    multiples = () if known else group_multiples(structure, dict(model.named_parameters()))
+    timed = not MEASURED.isdisjoint(_named(budget))
+    multiples = () if known else group_multiples(structure, dict(model.named_parameters()), timed=timed)
     bench = Bench(
         model,
         optimizer,
         example_inputs,
         example_inputs if deploy_inputs is None else deploy_inputs,
         instruments,
+        Steps.of(structure, round_to, multiples, timed=timed).rungs(structure.sizes),
     )
     survey = Survey(measured_costs(_named(budget), structure, bench), multiples)
 

@@ -19,6 +19,8 @@ from .instruments import Instruments
 from .plots import plot
 from .report import structure_report, summary
 from .resources import Bench, measured_costs
+from .rounding import group_multiples
+from .setting import Steps
 from .structure import analyse
 from .tasks import TASKS, TaskError, load
 from .version import __version__
@@ -123,7 +125,9 @@ def _profile(options: argparse.Namespace) -> None:
         ) from error
     measured = {}
     if options.measure and structure.groups:
-        bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments())
+        multiples = group_multiples(structure, dict(model.named_parameters()), timed=True)
+        rungs = Steps.of(structure, None, multiples, timed=True).rungs(structure.sizes)
+        bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments(), rungs)
         measured = measured_costs(("memory", "latency"), structure, bench)
     print(structure_report(structure, measured))
 

@@ -274,7 +274,7 @@ class Controller(Wiring):
             "budget": plain_budget(self._budget),
             "survey": self._survey.state_dict(),
             "accounts": self._metering.accounts.state_dict(),
-            "counts": [self.steps, self._intake.skipped, self._intake.bad_in_a_row],
+            "counts": [self.steps, self._gauged_at, self._intake.skipped, self._intake.bad_in_a_row],
             "unread": self._intake.state_dict(),
             "loss": self._loss,
             "layouts": self._layouts.state_dict(),
@@ -296,8 +296,8 @@ class Controller(Wiring):
             loop.load_state_dict(state["loop"])
             new_history(self._setting).load_state_dict(state["history"])
             accounts = self._metering.restored(budget, state["accounts"])
-            require_alike({"counts": [0, 0, 0]}, {"counts": state["counts"]})
-            steps, skipped, bad = state["counts"]
+            require_alike({"counts": [0, 0, 0, 0]}, {"counts": state["counts"]})
+            steps, gauged_at, skipped, bad = state["counts"]
             seconds, overhead = (float(x) for x in state["seconds"])
             layouts, loss = Layouts.of(state["layouts"]), float(state["loss"])
             intake = Intake(self._plant)
@@ -321,7 +321,7 @@ class Controller(Wiring):
         self._budget, self._survey, self._setting = budget, survey, setting
         self._metering.take(accounts, survey, self._held)
         self.history.load_state_dict(state["history"])
-        self.steps, self._loss = steps, loss
+        self.steps, self._gauged_at, self._loss = steps, gauged_at, loss
         self._overhead, self._began = overhead, time.process_time() - seconds
         self._recorder.disarm()
         self._arm()

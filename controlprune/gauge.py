@@ -36,11 +36,15 @@ FORWARDS = 40  # dense ones that it should have time for
 
 @dataclass(frozen=True)
 class Reading:
-    """Fraction of dense, its relative error, and how many forward passes it took of each net."""
+    """Fraction of dense, its relative error, and how many forwards the measurement took of either net.
+
+    One measurement is for all resources.
+    """
 
     fraction: float
     spread: float
-    rounds: int
+    live: int
+    dense: int
 
 
 class Gauge:
@@ -68,7 +72,8 @@ class Gauge:
             whole = dense.median if self._relative[name] and dense is not None else self.seconds
             noise = math.hypot(live.spread, dense.spread if dense is not None else 0.0)
             spread = noise / math.sqrt(live.rounds)
-            found[name] = Reading(live.median / whole, spread, live.rounds)
+            beside = dense.runs if dense is not None else 0
+            found[name] = Reading(live.median / whole, spread, live.runs, beside)
         return found
 
     def _time(self, model: nn.Module) -> tuple[Timing, Timing | None]:

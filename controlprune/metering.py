@@ -1,6 +1,7 @@
 """Metering: what the live net and the run really use, as the policy is told it.
 
-    when the tensors have new shapes    the gauge times the forward pass       {resource: Reading}
+    when the tensors have new shapes,   the gauge times the forward pass       {resource: Reading}
+    and every `AGAIN` steps
     at every update                     the accounts say what the run spent    [Account]
 
 Among replicas each figure is the mean over the ranks that have it, so that all of them decide on the same
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -25,7 +26,11 @@ from .instruments import Instruments
 from .policies.base import Setting
 from .resources import Survey
 
-__all__ = ["Metering"]
+__all__ = ["AGAIN", "Metering"]
+
+# steps after which an unchanged layout is measured again: the machine may have changed. The gauge's some 80
+# forwards are a hundredth of as many steps.
+AGAIN = 2700
 
 Agree = Callable[[Tensor], Tensor]
 Widths = tuple[int, ...]
@@ -77,13 +82,13 @@ class Metering:
         """The tensors have these widths now; what the forward of `model` then takes, where it is gauged."""
         self.use = self._work.value(widths) / self._whole
         found = {} if model is None or self.gauge is None else self.gauge.read(model)
-        for reading in found.values():
-            self.beside(live=reading.rounds, dense=reading.rounds)
+        for reading in list(found.values())[:1]:  # the others were read in the same forwards
+            self.beside(live=reading.live, dense=reading.dense)
         self.accounts.laid_out()
         agreed: dict[str, Reading] = {}
         for name, reading in found.items():
             fraction, spread = self._mean(reading.fraction, reading.spread)
-            agreed[name] = Reading(fraction, spread, reading.rounds)
+            agreed[name] = replace(reading, fraction=fraction, spread=spread)
         return agreed
 
     def read(self, setting: Setting, widths: Widths) -> list[Account]:

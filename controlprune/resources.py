@@ -12,7 +12,7 @@ train_energy       σ = `FIXED`: what of a step does not shrink. A guess, correc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,7 @@ class Bench:
     example_inputs: Any
     deploy_inputs: Any
     instruments: Instruments
+    rungs: Sequence[Sequence[int]] | None = None  # the widths of each group that will be used; None: any
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def measured_costs(names: Iterable[str], structure: Structure, bench: Bench) -> 
 
 def _latency(structure: Structure, bench: Bench) -> Polynomial:
     clock = bench.instruments.clock
-    return latency(structure, bench.model, bench.deploy_inputs, clock=clock).seconds
+    return latency(structure, bench.model, bench.deploy_inputs, rungs=bench.rungs, clock=clock).seconds
 
 
 def _energy(seconds: Polynomial, bench: Bench) -> Polynomial:

@@ -19,7 +19,7 @@ from .structure.groups import Structure
 
 __all__ = ["FORMAT", "budget_of", "plain_budget", "require_alike", "require_state", "signed"]
 
-FORMAT = 4
+FORMAT = 5
 PARTS = ("plant", "loop", "history", "accounts", "layouts", "survey")
 NEEDED = ("policy", *PARTS, "budget", "counts", "unread", "loss", "seconds", "checksum")
 

@@ -12,7 +12,9 @@ entry per device, dtype, torch version and thread count, so that the same machin
 hence the same run; delete the file, or give `round_to`, to choose otherwise.
 
 It is for groups of at least `WIDTH` units that convolutions read: for linear layers no multiple was seen to
-help, and in a narrow group it would leave too few widths to choose from.
+help, and in a narrow group it would leave too few widths to choose from. Where the clock itself is under
+budget (`timed`), it is for every group wider than a block that convolutions read or write: there a width
+between two block ends costs what the upper one does, and no model of the time that rises evenly can tell.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ WIDTH, MULTIPLES, RISE, EARLY = 64, (16, 8, 4), 0.08, 0.55
 BATCH = {"cpu": 8, "cuda": 256}  # enough work that a kernel's launch does not hide it
 
 
-def group_multiples(structure: Structure, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Per group, the multiple that the device of its readers runs well; 1 where none is known to matter.
+def group_multiples(
+    structure: Structure, tensors: Mapping[str, Tensor], *, timed: bool = False
+) -> tuple[int, ...]:
+    """Per group, the multiple that the device of its layers runs well; 1 where none is known to matter.
 
     Nothing is measured where processes train together: they could find different ones.
     """
@@ -43,15 +47,20 @@ def group_multiples(structure: Structure, tensors: Mapping[str, Tensor]) -> tupl
         return (1,) * len(structure.groups)
     found = []
     for group in structure.groups:
-        weight = _convolution_read(group, structure, tensors)
-        wide = group.size >= WIDTH and weight is not None and weight.device.type in BATCH
-        found.append(preferred_multiple(weight.device, weight.dtype) if wide and weight is not None else 1)
+        weight = _convolution(group, structure, tensors, timed)
+        multiple = 1
+        if weight is not None and weight.device.type in BATCH and (timed or group.size >= WIDTH):
+            multiple = preferred_multiple(weight.device, weight.dtype)
+        found.append(multiple if multiple < group.size else 1)
     return tuple(found)
 
 
-def _convolution_read(group: Group, structure: Structure, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    weights = (part.tensor for part in group.readers if len(structure.tensors[part.tensor]) > 2)
-    return next((tensors[name] for name in weights), None)
+def _convolution(
+    group: Group, structure: Structure, tensors: Mapping[str, Tensor], written: bool
+) -> Tensor | None:
+    """The weight of one that reads the group, or writes it, if that counts too."""
+    parts = (part.tensor for part in (group.slices if written else group.readers))
+    return next((tensors[name] for name in parts if len(structure.tensors[name]) > 2), None)
 
 
 def block(times: Mapping[int, float], width: int = WIDTH) -> int:
@@ -76,7 +85,7 @@ def preferred_multiple(device: torch.device, dtype: torch.dtype, cache: Path | N
 
 def _measure(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     widths = sorted({WIDTH, *(WIDTH - m for m in MULTIPLES), *(WIDTH - m + 1 for m in MULTIPLES), WIDTH - 1})
-    runs = {n: _convolution(n, device, dtype) for n in widths}
+    runs = {n: _run(n, device, dtype) for n in widths}
     best = dict.fromkeys(widths, float("inf"))
     with torch.enable_grad():
         for _ in range(8):  # in turn, so that a busy moment hits all
@@ -85,7 +94,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> dict[int, float]:
     return best
 
 
-def _convolution(n: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+def _run(n: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     x = torch.ones(BATCH[device.type], n, 16, 16, device=device, dtype=dtype, requires_grad=True)
     w = torch.ones(n, n, 3, 3, device=device, dtype=dtype, requires_grad=True)
     return lambda: torch.autograd.grad(F.conv2d(x, w, padding=1).sum(), (x, w))

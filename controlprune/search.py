@@ -11,7 +11,7 @@ worth by ΔV and the resources by ΔC_k, evaluated at the present widths. With �
   marginals, which overstates the cost (positive coefficients: C(n + a − b) ≤ C + ΔC_a − ΔC_b), so a
   swap found is feasible.
 - window: all width vectors within ± w rungs in a few groups, best by (lands within `tolerance` of a
-  limit, objective).
+  limit, objective); at last, where none lands and no finer step is left, the best of the fullest.
 
 While far from the limit a round of down or up takes a block of moves (an eighth of what is missing, at
 most 8 rungs a group), near it one. V is concave, so a block takes a prefix of each group's rungs.
@@ -56,7 +56,7 @@ class Search:
     limits: Array
     prices: Array
     dense: Array
-    tolerance: float
+    tolerance: Array | float  # of dense, per resource
 
     @staticmethod
     def of(
@@ -66,7 +66,7 @@ class Search:
         limits: Array,
         prices: Array,
         dense: Array,
-        tolerance: float,
+        tolerance: Array | float,
     ) -> Search:
         worth = [curve[rungs] for rungs, curve in zip(ladders, curves, strict=True)]
         return Search(
@@ -273,8 +273,11 @@ def _promising(moves: _Moves, prices: Array, scale: Array, best: bool) -> NDArra
     return exists[np.argsort(-score if best else score, kind="stable")[:CANDIDATES]]
 
 
-def window(space: Search, at: Rungs) -> Rungs:
-    """The best state within a window of rungs around `at` (all of the space, if it is small)."""
+def window(space: Search, at: Rungs, *, fullest: bool = False) -> Rungs:
+    """The best state within a window of rungs around `at` (all of the space, if it is small).
+
+    `fullest`: where none lands, of those that use the most.
+    """
     room = _room(space)
     chosen = _marginal_groups(space, at, room)
     bottom, top = space.bottom[chosen], space.top[chosen]
@@ -293,6 +296,9 @@ def window(space: Search, at: Rungs) -> Rungs:
     allowed = landed if landed.any() else feasible
     if not allowed.any():
         return at
+    if fullest and not landed.any():
+        slack = ((space.limits - resources) / space.dense).min(axis=-1)
+        allowed &= slack <= slack[allowed].min() + np.min(space.tolerance)
     tie = 1e-12 * max(1.0, float(np.abs(objective).max()))
     best = np.flatnonzero(allowed & (objective >= objective[allowed].max() - tie))
     out = at.copy()
@@ -352,6 +358,8 @@ def search(space: Search, current: Rungs, coarsest: int, grains: Sequence[int]) 
         space = _finer(space, widths, step, grains)
         at = _last_move(space, space.nearest(widths))
         step //= 2
+    if not space.landed(space.resources(at)):
+        at = window(space, at, fullest=True)
     return space, at
 
 

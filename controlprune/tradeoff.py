@@ -51,7 +51,8 @@ class Problem:
     masks: tuple[Bools, ...] | None = None  # current state; None: all active
     held: tuple[Bools, ...] | None = None  # units that keep their state; None: none
     hysteresis: float = 0.0
-    tolerance: float = 0.015  # how far under a limit (fraction of dense) is near enough
+    # how far under a limit (fraction of dense) is near enough; of all resources, or one by one
+    tolerance: NDArray[np.float64] | float = 0.015
     resources: tuple[str, ...] = ()  # names, for errors
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from .interrupts import uninterrupted
 from .layouts import Layouts, progress
 from .links import Link
 from .masking import Plant
-from .metering import Metering
+from .metering import AGAIN, Metering
 from .policies.base import Decision, Policy, Setting
 from .replay import Batch, Recorder, batch_size
 from .resources import Survey
@@ -88,6 +88,7 @@ class Wiring(ABC):
         self._postponed = False  # an update that was due while a replica had no data
         self._loss = self._own_loss = math.nan
         self._overhead = 0.0
+        self._gauged_at = 0  # the step at which the layout was last measured
         self._began = time.process_time()
         self._event = ""
         self._live = True
@@ -196,6 +197,8 @@ class Wiring(ABC):
             return
         plant = self._plant
         self._settle_accounts()
+        if self.steps - self._gauged_at >= AGAIN:
+            self._measure()
         self._weigh()
         if batch is not None and examples:
             self._loop.see_batch(examples)
@@ -238,14 +241,15 @@ class Wiring(ABC):
         compact = compact and not all(bool(m.all()) for m in masks)
         same = all(torch.equal(a, b) for a, b in zip(masks, self._plant.masks, strict=True))
         if not same or compact != self._plant.compact:
-            shapes = self._shapes
+            shapes, held = self._shapes, self._held
             self._checkpoints.set_aside()
             self._plant.apply(masks, compact=compact)
             self._checkpoints.admit()
             if shapes != self._shapes:
                 self._replicas.reshaped()
             self._layouts.take(self._held, progress(self._setting, widths_of(masks)))
-            self._measure()
+            if held != self._held:
+                self._measure()
             for follower in self._followers:
                 follower.apply(masks, compact=compact)
 
@@ -260,7 +264,8 @@ class Wiring(ABC):
         return [p.shape for p in self.model.parameters()]
 
     def _measure(self) -> None:
-        """What the new layout really takes, told to the loop. A masked net runs dense: nothing to see."""
+        """What the layout really takes, told to the loop. A masked net runs dense: nothing to see."""
+        self._gauged_at = self.steps
         model = self._plant.model if self._plant.compact else None
         for resource, reading in self._metering.laid_out(self._held, model).items():
             if resource in self._setting.measured:

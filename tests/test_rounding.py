@@ -69,9 +69,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     assert rounding.preferred_multiple(CPU, torch.float32, tmp_path / "file" / "folder") == 16
 
 
-def multiples(model: nn.Module, x: torch.Tensor) -> dict[int, int]:
+def multiples(model: nn.Module, x: torch.Tensor, *, timed: bool = False) -> dict[int, int]:
     structure = analyse(model, (x,))
-    found = rounding.group_multiples(structure, dict(model.named_parameters()))
+    found = rounding.group_multiples(structure, dict(model.named_parameters()), timed=timed)
     return dict(zip(structure.sizes, found, strict=True))
 
 
@@ -81,6 +81,14 @@ def test_only_wide_groups_that_convolutions_read() -> None:
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(80, 256), nn.ReLU(), nn.Linear(256, 10),
     )  # fmt: skip
     assert multiples(net, torch.randn(2, 3, 12, 12)) == {48: 1, 64: 16, 80: 1, 256: 1}
+
+
+def test_a_clock_under_budget_counts_every_block_of_a_convolution() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.Conv2d(12, 48, 3), nn.Conv2d(48, 80, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(80, 256), nn.ReLU(), nn.Linear(256, 10),
+    )  # fmt: skip
+    assert multiples(net, torch.randn(2, 3, 12, 12), timed=True) == {12: 1, 48: 16, 80: 16, 256: 1}
 
 
 @pytest.mark.parametrize(("round_to", "steps"), [(None, (16, 4, 4)), (2, (2, 2, 2))])

@@ -11,7 +11,7 @@ from rig import flops, mlp
 from controlprune.budget import Budget, InfeasibleBudget, Price
 from controlprune.policies.base import Setting
 from controlprune.resources import exact_costs
-from controlprune.setting import make_setting, width_steps
+from controlprune.setting import Steps, make_setting, width_steps
 from controlprune.structure import analyse
 
 X = torch.zeros(2, 8)
@@ -33,6 +33,17 @@ def test_width_steps() -> None:
 def test_a_width_step_that_is_none(wrong: Any) -> None:
     with pytest.raises(ValueError, match=rf"round_to={wrong!r}: give a whole number"):
         width_steps((32,), wrong)
+
+
+def test_between_blocks_there_is_nothing_where_the_clock_is_under_budget() -> None:
+    structure = analyse(mlp(), (X,))
+    counted = Steps.of(structure, None, (16, 1))
+    assert (counted.steps, counted.grains, counted.floors) == ((16, 1), (1, 1), (2, 1))
+    timed = Steps.of(structure, None, (16, 1), timed=True)
+    assert (timed.steps, timed.grains, timed.floors) == ((16, 1), (16, 1), (2, 1))
+    assert timed.rungs(structure.sizes) == [(16, 32), tuple(range(1, 25))]
+    told = Steps.of(structure, 8, timed=True)
+    assert (told.steps, told.grains, told.floors) == ((8, 8), (8, 8), (8, 8))
 
 
 def test_a_budget_becomes_fractions() -> None:

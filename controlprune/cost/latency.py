@@ -1,16 +1,19 @@
 """Seconds of one forward pass on this device, batch and number type, as a polynomial in the widths.
 
 A forward pass takes the time of its arithmetic, of the memory it writes, of the weights it reads, and of
-getting started. With the traced operators in families f,
+getting started. With the traced operators w in families f,
 
-    T(n) = a_0 + Σ_f a_f FLOPs_f(n) + Σ_f b_f bytes_f(n) + c weights(n) + d Σ_w bytes_w(n)²,   all >= 0
+    T(n) = a_0 + Σ_w a_w FLOPs_w(n) + Σ_f b_f bytes_f(n) + c weights(n) + d Σ_v bytes_v(n)²,   all >= 0
 
-(the squares, one per write, because what no longer fits a cache costs more per byte) and since every part
+(the squares, one per write v, because what no longer fits a cache costs more per byte) and since every part
 is a polynomial in the widths, so is T. The coefficients come from measurements of the model itself at a
 handful of widths n_k (dense, uniformly smaller, random; first units of each group), by nonnegative least
-squares on relative errors:
+squares on relative errors, the rates a_w of a family drawn to their mean ā_f, weighed by the work:
 
-    minimise Σ_k ( T(n_k) / t_k − 1 )²
+    minimise Σ_k ( T(n_k) / t_k − 1 )²  +  μ Σ_w ( (a_w − ā_f) FLOPs_w(N) / T(N) )²
+
+with the μ of `DRAWN` that predicts best the widths left out. A first convolution of three channels has
+another rate than the rest; where there are few measurements and many operators, they have one.
 
 `error` is what that fit gets wrong at widths it has not seen: the root mean square of T(n_k) / t_k − 1, each
 k left out in turn. Kernels that work on blocks of units make steps that no polynomial has: give `steps` in
@@ -24,6 +27,7 @@ The model is not copied and comes back untouched. What was fitted is kept in a c
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,20 +49,31 @@ from ..structure.trace import ExampleInputs, call_model, copied, input_tensors, 
 from .polynomial import Polynomial
 from .timing import Candidate, Clock, Run, Timing, device_clock, measure
 
-__all__ = ["Latency", "families", "fit", "latency", "measure_widths", "trial_widths"]
+__all__ = ["Latency", "Part", "fit", "latency", "measure_widths", "parts_of", "trial_widths"]
 
 Array: TypeAlias = NDArray[np.float64]
 Term: TypeAlias = tuple[float, tuple[Extent, ...]]
 SHARES = (0.75, 0.5, 0.35, 0.2)
 RANDOM = 12  # width vectors drawn besides
+LEAST = 0.1  # share of a group in them
+DRAWN = (1e-3, 1e-2, 0.1, 1.0, 1e4)  # μ, the last: one rate for all of a family
 MATRIX = frozenset(["mm", "addmm", "bmm", "baddbmm", "addbmm", "linear"])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What has one coefficient. Parts of a family are believed to have much the same."""
+
+    name: str
+    family: str
+    terms: list[Term]
 
 
 @dataclass(frozen=True)
 class Latency:
     """`seconds` over the widths, and how far to trust it.
 
-    `coefficients`: family -> seconds of it in a dense forward; `error`: see the module; `points`: the widths
+    `coefficients`: part -> seconds of it in a dense forward; `error`: see the module; `points`: the widths
     that were timed; `timings`: what they took (both empty where all of it came from the cache).
     """
 
@@ -74,7 +89,7 @@ def latency(
     model: nn.Module,
     inputs: ExampleInputs,
     *,
-    steps: Sequence[int] | None = None,
+    rungs: Sequence[Sequence[int]] | None = None,
     clock: Clock = time.perf_counter,
     seconds: float = 10.0,
     seed: int = 0,
@@ -88,12 +103,12 @@ def latency(
     `cache`: the folder of the cache file (default: the user's); `anew`: measure whatever the cache knows.
     """
     device, dtype = _where(model)
-    parts = families(structure, model)
-    key = _signature(structure, inputs, steps, f"{device_name(device, dtype)} {_name_of(clock)}")
+    parts = parts_of(structure, model)
+    key = _signature(structure, inputs, rungs, f"{device_name(device, dtype)} {_name_of(clock)}")
     known = None if anew else _read(read_cache("latency", cache).get(key), parts)
     if known is not None:
         return Latency(_polynomial(structure, parts, known[0]), *known)
-    points = trial_widths(structure.sizes, steps, seed)
+    points = trial_widths(structure.sizes, rungs, seed)
     timings = measure_widths(
         structure, model, inputs, points, clock=device_clock(device, clock), seconds=seconds
     )
@@ -102,39 +117,45 @@ def latency(
     return Latency(found.seconds, found.coefficients, found.error, tuple(points), tuple(timings))
 
 
-def families(structure: Structure, model: nn.Module) -> dict[str, list[Term]]:
-    """Family -> its terms: few whatever the model, fewer than there are trial widths."""
-    found: dict[str, list[Term]] = {"start": [(1.0, ())]}
-    for work in structure.work:
-        name = "matrix" if work.operator in MATRIX else work.operator
-        found.setdefault(f"{name} FLOPs", []).append((float(work.coefficient), work.factors))
+def parts_of(structure: Structure, model: nn.Module) -> list[Part]:
+    """Counted operators one by one; bytes and the rest in few families, whatever the model."""
+    count, sizes = len(structure.groups), structure.sizes
+    found = []
+    for k, work in enumerate(structure.work):
+        family = f"{'matrix' if work.operator in MATRIX else work.operator} FLOPs"
+        terms = [(float(work.coefficient), work.factors)]
+        found.append(Part(f"{family} {k} {work.where}", family, terms))
+    others: dict[str, list[Term]] = {"start": [(1.0, ())]}
     counted = {(work.where, work.operator) for work in structure.work}
     for write in structure.traffic:
         operator = write.operator.rpartition("::")[2].removesuffix("_")
         name = "product" if (write.where, operator) in counted else "other"
-        found.setdefault(f"{name} bytes", []).append((float(write.coefficient), write.factors))
+        others.setdefault(f"{name} bytes", []).append((float(write.coefficient), write.factors))
     if structure.traffic:
-        found["large writes"] = [(float(w.coefficient), (*w.factors, *w.factors)) for w in structure.traffic]
+        others["large writes"] = [(float(w.coefficient), (*w.factors, *w.factors)) for w in structure.traffic]
     tensors = tensors_of(model)
-    found["weights"] = [
+    others["weights"] = [
         (float(tensors[n].element_size()), structure.tensors[n]) for n in sorted(structure.parameters)
     ]
-    count, sizes = len(structure.groups), structure.sizes
-    return {name: terms for name, terms in found.items() if Polynomial.of(terms, count).value(sizes) > 0}
+    found += [Part(name, name, terms) for name, terms in others.items()]
+    return [part for part in found if Polynomial.of(part.terms, count).value(sizes) > 0]
 
 
 def trial_widths(
-    sizes: Sequence[int], steps: Sequence[int] | None = None, seed: int = 0
+    sizes: Sequence[int], rungs: Sequence[Sequence[int]] | None = None, seed: int = 0
 ) -> list[tuple[int, ...]]:
-    """Dense, uniform shares and random widths, on the ladder of `steps`; each once."""
-    ladder = np.ones(len(sizes), int) if steps is None else np.asarray(steps, int)
-    dense = np.asarray(sizes, int)
+    """Dense, uniform shares and random widths, each the nearest rung; no vector twice."""
+    ladders = [range(1, n + 1) for n in sizes] if rungs is None else rungs
     random = np.random.default_rng(seed)
     shares = [np.full(len(sizes), share) for share in SHARES]
-    shares += [random.uniform(0.15, 1.0, len(sizes)) for _ in range(RANDOM)]
-    rounded = (np.maximum(np.round(share * dense / ladder), 1) * ladder for share in shares)
-    found = (tuple(int(n) for n in np.minimum(widths, dense)) for widths in rounded)
+    shares += [random.uniform(LEAST, 1.0, len(sizes)) for _ in range(RANDOM)]
+    wanted = (np.asarray(sizes) * share for share in shares)
+    found = [tuple(map(_nearest, ladders, widths)) for widths in wanted]
     return list(dict.fromkeys([tuple(sizes), *found]))
+
+
+def _nearest(rungs: Sequence[int], width: float) -> int:
+    return min(rungs, key=lambda n: abs(n - width))
 
 
 def measure_widths(
@@ -166,39 +187,51 @@ def measure_widths(
 
 def fit(
     structure: Structure,
-    parts: Mapping[str, list[Term]],
+    parts: Sequence[Part],
     points: Sequence[Sequence[int]],
     times: Sequence[float],
 ) -> Latency:
-    """Nonnegative coefficients of the families from times at widths; the first point is the dense one."""
+    """Nonnegative coefficients of the parts from times at widths; the first point is the dense one."""
     measured = np.asarray(times, float)
     if not (len(measured) and np.isfinite(measured).all() and (measured > 0).all()):
         raise ValueError(f"times={list(times)}: give a finite time > 0 of every width vector")
-    count = len(structure.groups)
-    columns = np.stack([Polynomial.of(terms, count).values(points) for terms in parts.values()], 1)
+    columns = np.stack([Polynomial.of(p.terms, len(structure.groups)).values(points) for p in parts], 1)
     shares = columns / columns[0] / measured[:, None]
-    coefficients = _solve(shares)
-    left_out = [
-        shares[k] @ _solve(np.delete(shares, k, 0)) - 1.0 for k in range(len(measured)) if len(measured) > 1
-    ]
-    by_name = dict(zip(parts, map(float, coefficients), strict=True))
-    error = float(np.sqrt(np.mean(np.square(left_out)))) if left_out else float("inf")
+    apart = _apart([part.family for part in parts], columns[0]) / measured[0]
+    error, drawn = min((_left_out(shares, apart, drawn), drawn) for drawn in DRAWN)
+    coefficients = _solve(shares, apart, drawn)
+    by_name = {part.name: float(x) for part, x in zip(parts, coefficients, strict=True)}
     return Latency(_polynomial(structure, parts, by_name), by_name, error)
 
 
-def _solve(shares: Array) -> Array:
-    return nnls(shares, np.ones(len(shares)))[0]
+def _apart(families: Sequence[str], dense: Array) -> Array:
+    """Rows that take from each part's seconds those it would have at the rate of its family."""
+    kin = np.array([[a == b for b in families] for a in families], float)
+    rows = np.eye(len(families)) - kin * dense[:, None] / (kin @ dense)[:, None]
+    return rows[kin.sum(axis=1) > 1]
 
 
-def _polynomial(
-    structure: Structure, parts: Mapping[str, list[Term]], coefficients: Mapping[str, float]
-) -> Polynomial:
+def _left_out(shares: Array, apart: Array, drawn: float) -> float:
+    """Root mean square of the relative error at each point, fitted without it."""
+    if len(shares) < 2:
+        return math.inf
+    rest = (np.delete(shares, k, 0) for k in range(len(shares)))
+    errors = [row @ _solve(others, apart, drawn) - 1.0 for row, others in zip(shares, rest, strict=True)]
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def _solve(shares: Array, apart: Array, drawn: float) -> Array:
+    wanted = np.concatenate([np.ones(len(shares)), np.zeros(len(apart))])
+    return nnls(np.concatenate([shares, math.sqrt(drawn) * apart]), wanted)[0]
+
+
+def _polynomial(structure: Structure, parts: Sequence[Part], coefficients: Mapping[str, float]) -> Polynomial:
     count = len(structure.groups)
     terms: list[Term] = []
-    for name, part in parts.items():
-        if coefficients[name] > 0:
-            dense = Polynomial.of(part, count).value(structure.sizes)
-            terms += [(coefficients[name] / dense * a, factors) for a, factors in part]
+    for part in parts:
+        if coefficients[part.name] > 0:
+            dense = Polynomial.of(part.terms, count).value(structure.sizes)
+            terms += [(coefficients[part.name] / dense * a, factors) for a, factors in part.terms]
     return Polynomial.of(terms, count)
 
 
@@ -214,17 +247,20 @@ def _name_of(clock: Clock) -> str:
     return getattr(clock, "__qualname__", type(clock).__qualname__)
 
 
-def _signature(structure: Structure, inputs: ExampleInputs, steps: Sequence[int] | None, machine: str) -> str:
+def _signature(
+    structure: Structure, inputs: ExampleInputs, rungs: Sequence[Sequence[int]] | None, machine: str
+) -> str:
     shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in input_tensors(inputs)]
+    allowed = None if rungs is None else [tuple(ladder) for ladder in rungs]
     told = (structure.sizes, structure.work, structure.traffic, tuple(structure.tensors.items()), shapes)
-    digest = hashlib.sha256(repr((told, steps and tuple(steps))).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((told, allowed)).encode()).hexdigest()[:16]
     return f"{machine} {digest}"
 
 
-def _read(value: object, parts: Mapping[str, object]) -> tuple[dict[str, float], float] | None:
+def _read(value: object, parts: Sequence[Part]) -> tuple[dict[str, float], float] | None:
     """A cached fit, if that is what it is."""
     try:
-        coefficients = {name: float(value["coefficients"][name]) for name in parts}  # type: ignore[index]
+        coefficients = {p.name: float(value["coefficients"][p.name]) for p in parts}  # type: ignore[index]
         error = float(value["error"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError):
         return None

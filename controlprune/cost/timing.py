@@ -7,6 +7,11 @@ when it runs alone). With t_rk the time of candidate k in round r, a busy round 
 
 and `spread` is half the interquartile range of t_rk / ρ_r over β_k. Forwards shorter than `SHORTEST` are run
 several times per sample. The clock is wall time by default; on an accelerator it is read synchronised.
+
+On a CPU the C library gives memory back to the system and takes it again, a page fault for every 4 KiB, as it
+happens to find its heap: the same small CNN took 9 or 16 ms in one process. glibc keeps what fits into twice
+the largest block that was ever freed, 32 MiB at most count; so one such block is freed first (`settle_heap`),
+and what is timed is the model on memory that is at hand.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ __all__ = [
     "measure",
     "measure_interleaved",
     "measure_latency",
+    "settle_heap",
 ]
 
 Clock: TypeAlias = Callable[[], float]
@@ -38,15 +44,20 @@ Run: TypeAlias = Callable[[], object]
 Candidate: TypeAlias = Callable[[], AbstractContextManager[Run]]  # what to run, and all it needs around it
 SHORTEST = 2e-3  # seconds of one sample
 ROUNDS = (5, 100)  # at least, at most
+BLOCK = 31 * 2**20  # bytes; from 32 MiB on glibc learns nothing from a block that is freed
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Median seconds of one run, and its relative spread (half the interquartile range over the median)."""
+    """Median seconds of one run, and its relative spread (half the interquartile range over the median).
+
+    `runs`: how many there were in all, untimed ones too.
+    """
 
     median: float
     spread: float
     rounds: int
+    runs: int
 
 
 def device_clock(device: torch.device, clock: Clock = time.perf_counter) -> Clock:
@@ -56,6 +67,11 @@ def device_clock(device: torch.device, clock: Clock = time.perf_counter) -> Cloc
     if device.type == "mps":
         return lambda: (torch.mps.synchronize(), clock())[1]
     return clock
+
+
+def settle_heap() -> None:
+    """From here on glibc keeps up to 62 MiB of freed memory; other allocators do not mind."""
+    torch.empty(BLOCK, dtype=torch.uint8)
 
 
 def measure_latency(forward: Run, *, clock: Clock = time.perf_counter, seconds: float = 1.0) -> Timing:
@@ -76,6 +92,7 @@ def measure(
     """The same, each candidate inside its context (entered and left outside the timed part)."""
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds={seconds!r}: give the time to measure for, a finite number > 0")
+    settle_heap()
     for candidate in candidates:  # whatever is only done once
         _sample(candidate, 1, clock)
     first = [_sample(candidate, 1, clock) for candidate in candidates]
@@ -84,7 +101,8 @@ def measure(
     rounds = int(np.clip(seconds / max(round_time, 1e-9), *ROUNDS))
     pairs = list(zip(candidates, repeats, strict=True))
     times = np.array([[_sample(candidate, n, clock) for candidate, n in pairs] for _ in range(rounds)])
-    return [Timing(*pair, rounds) for pair in robust(times)]
+    found = zip(robust(times), repeats, strict=True)
+    return [Timing(median, spread, rounds, 4 + rounds * (1 + n)) for (median, spread), n in found]
 
 
 def robust(times: NDArray[np.float64]) -> list[tuple[float, float]]:

@@ -4,10 +4,11 @@
     ṽ, s     values shrunk towards it as far as they are not trusted  (caution.py)
     n, m     max Σ ṽ_i − λ·C(n)  with floors, holds and hysteresis    (tradeoff.py)
 
-A limit counts as filled when less than a tolerance of dense is left under it: what the cheapest unit costs,
-within [`NEAR`, `FAR`], or `FINE` where a sum must come out. Where none is filled, what keeps units from
-moving gives way: holds first, then the floors of the update. Limits, prices: per resource, of the modelled
-use as a fraction of dense, and loss per dense use.
+A limit counts as filled when less than a tolerance of dense is left under it (`tolerances`): what the
+cheapest unit costs, within [`NEAR`, `FAR`]; `FINE` of a run total, whose sum must come out; `ROUGH` of the
+limit where the use is known by measuring only, and odd widths bought for the last per cent would be wasted.
+Where none is filled, what keeps units from moving gives way: holds first, then the floors of the update.
+Limits, prices: per resource, of the modelled use as a fraction of dense, and loss per dense use.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..allocation import prior_values, uniform
@@ -25,9 +27,9 @@ from ..tradeoff import Problem, Solution, solve
 from .base import Setting
 from .caution import Values, floors, held, margin_scale, slew, trusted
 
-__all__ = ["Stand", "allocate", "believed", "uniform_under"]
+__all__ = ["Stand", "allocate", "believed", "tolerances", "uniform_under"]
 
-NEAR, FAR, FINE = 0.009, 0.015, 0.004
+NEAR, FAR, FINE, ROUGH = 0.009, 0.015, 0.004, 0.04
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class Stand:
     young: Sequence[Tensor]  # recently switched, per group
     trust: float  # ρ: weight of the values against the uniform allocation
     at_budget: bool  # few units move at a time
-    fine: bool  # sums must come out
     hysteresis: float
 
 
@@ -94,16 +95,27 @@ def allocate(
         masks=tuple(m.numpy() for m in masks),
         held=held(values, masks, stand.young, back),
         hysteresis=stand.hysteresis,
-        tolerance=FINE if stand.fine else min(max(_grain(setting), NEAR), FAR),
+        tolerance=tolerances(setting, limits, min(max(_grain(setting), NEAR), FAR)),
         resources=names,
     )
     solution = solve(problem)
-    free = replace(problem, held=None)
+    free, far = replace(problem, held=None), tolerances(setting, limits, FAR)
     for easier in (free, replace(free, floors=setting.floors)) if limits else ():
-        if not (bounds - solution.costs > (FINE if stand.fine else FAR) * dense).all():
+        if not (bounds - solution.costs > far * dense).all():
             break  # some limit is filled
         solution = solve(easier)
     return solution
+
+
+def tolerances(setting: Setting, limits: Mapping[str, float], counted: float) -> NDArray[np.float64]:
+    """[K], fractions of dense; `counted`: of what is known exactly."""
+
+    def of(name: str) -> float:
+        if name in setting.totals:
+            return FINE
+        return ROUGH * limits.get(name, 1.0) if name in setting.measured else counted
+
+    return np.array([of(name) for name in setting.costs])
 
 
 def _grain(setting: Setting) -> float:

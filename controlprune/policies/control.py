@@ -354,7 +354,6 @@ class ControlLoop:
             young=torch.split(self.age < control.dwell, list(setting.structure.sizes)),
             trust=trust,
             at_budget=self.reference.at_budget,
-            fine=self.reference.feeds_back,
             hysteresis=control.hysteresis,
         )
         return allocate(setting, values, even, stand, limits if exact else {}, {} if exact else self._price())

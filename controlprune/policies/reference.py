@@ -10,7 +10,8 @@
 Exact resources have s = 1. Reasons to solve again (`moved`): what is asked changed by more than `MOVED` since
 the last solution (a stage of the plan, a budget that the user changed); a run total asks for another use of a
 step than there is, and nothing else is in the way; at the budget, a measured use left its band, from `UNDER`
-below to `NOISE` above. All are fractions of dense; a run total's are of a dense step, its sums of a run.
+below to `NOISE` above, and its model has learned since. All are fractions of dense; a run total's are of a
+dense step, its sums of a run.
 
 The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
 the smallest net would miss by more than `MISSED` is said once, when the net is that small: how much of a step
@@ -39,6 +40,7 @@ LITTLE = 0.05  # of a dense step
 HASTE = 0.7  # on the times of a plan that turns out to be too slow for a run total
 MISSED = 0.05  # of a run total's limit
 NEAR = 0.05  # of a dense step
+LEARNED = 0.01  # of a modelled limit
 NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
 
 
@@ -55,6 +57,7 @@ class Reference:
         self._scales = {name: observer.init() for name in sorted(setting.measured)}
         self._spent: dict[str, tuple[float, float, float]] = {}  # run total -> (spent, limit, use now)
         self._solved: dict[str, float] | None = None  # what was asked for at the last solution
+        self._limits: dict[str, float] = {}  # and what that meant of the modelled use
         self._missed: set[str] = set()  # run totals that were said to be out of reach
 
     # --- what comes in --------------------------------------------------------------------------
@@ -181,13 +184,19 @@ class Reference:
             else:
                 away = name not in old or abs(r - old[name]) > MOVED
                 measured = self.level == 0.0 and name in self._scales and name not in self._spent
-                away |= measured and not r * (1 - UNDER) <= use[name] <= r * (1 + NOISE)
+                outside = measured and not r * (1 - UNDER) <= use[name] <= r * (1 + NOISE)
+                away |= outside and self._learned(name, r)
             if away:
                 return True
         return asked.keys() != old.keys()
 
+    def _learned(self, name: str, r: float) -> bool:
+        """Is the limit of the modelled use another one than at the last solution?"""
+        return abs(self._model(name, r) / self._limits[name] - 1.0) > LEARNED
+
     def solved(self, asked: Mapping[str, float]) -> None:
         self._solved = dict(asked)
+        self._limits = {name: self._model(name, r) for name, r in asked.items()}
 
     def describe(self) -> list[str]:
         """How far the models of measured resources were off, for the report."""
@@ -223,6 +232,7 @@ class Reference:
             "spent": {name: list(three) for name, three in self._spent.items()},
             "missed": sorted(self._missed),
             "solved": None if self._solved is None else dict(self._solved),
+            "limits": dict(self._limits),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -238,6 +248,7 @@ class Reference:
         self._missed = {str(name) for name in state["missed"]}
         solved = state["solved"]
         self._solved = None if solved is None else {name: float(value) for name, value in solved.items()}
+        self._limits = {name: float(value) for name, value in state["limits"].items()}
 
 
 def _update(

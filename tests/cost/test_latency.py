@@ -13,7 +13,7 @@ from nets import WORKLOADS
 from torch import Tensor, nn
 
 from controlprune.cost.flops import flops
-from controlprune.cost.latency import families, fit, latency, measure_widths, trial_widths
+from controlprune.cost.latency import fit, latency, measure_widths, parts_of, trial_widths
 from controlprune.cost.polynomial import Polynomial
 from controlprune.structure import analyse
 
@@ -49,21 +49,42 @@ def test_exact_times_give_the_coefficients_back(net: str) -> None:
     workload = WORKLOADS[net]
     model, (x, _) = workload.build(workload.dense), workload.batch()
     structure = analyse(model, (x[:2],))
-    parts = families(structure, model)
-    truth = {name: 1e-3 * (k % 3) for k, name in enumerate(parts)}
+    parts = parts_of(structure, model)
+    rates = {family: 1e-3 * (k % 3) for k, family in enumerate(dict.fromkeys(p.family for p in parts))}
     points = trial_widths(structure.sizes)
-    columns = {name: Polynomial.of(terms, len(structure.groups)) for name, terms in parts.items()}
+    polynomials = [Polynomial.of(part.terms, len(structure.groups)) for part in parts]
+    whole = {
+        f: sum(q.value(structure.sizes) for q, p in zip(polynomials, parts) if p.family == f) for f in rates
+    }
 
     def seconds(widths: tuple[int, ...]) -> float:
-        dense = structure.sizes
-        return sum(a * columns[n].value(widths) / columns[n].value(dense) for n, a in truth.items())
+        pairs = zip(polynomials, parts, strict=True)
+        return sum(rates[p.family] * q.value(widths) / whole[p.family] for q, p in pairs)
 
     found = fit(structure, parts, points, [seconds(widths) for widths in points])
     assert found.error < 1e-6
     for widths in trial_widths(structure.sizes, seed=5):
         assert found.seconds.value(widths) == pytest.approx(seconds(widths), rel=1e-6)
-    if len(parts) == np.linalg.matrix_rank(np.stack([p.values(points) for p in columns.values()], 1)):
-        assert found.coefficients == pytest.approx(truth, abs=1e-8)
+
+
+def test_an_operator_may_have_its_own_rate() -> None:
+    """A first layer 30 times as slow for its FLOPs as the others: one rate for all would be far off."""
+    workload = WORKLOADS["cnn"]
+    structure = analyse(workload.build(workload.dense), (workload.batch()[0][:2],))
+    parts = parts_of(structure, workload.build(workload.dense))
+    points = trial_widths(structure.sizes)
+    rates = [30.0 if k == 0 else 1.0 + 0.2 * (k % 3) for k in range(len(parts))]
+    polynomials = [Polynomial.of(part.terms, len(structure.groups)) for part in parts]
+    counted = [part.family.endswith("FLOPs") for part in parts]
+
+    def seconds(widths: tuple[int, ...]) -> float:
+        triples = zip(rates, polynomials, counted, strict=True)
+        return 1e-12 * sum(rate * q.value(widths) for rate, q, counts in triples if counts)
+
+    found = fit(structure, parts, points, [seconds(widths) for widths in points])
+    assert found.error < 0.02
+    for widths in trial_widths(structure.sizes, seed=5):
+        assert found.seconds.value(widths) == pytest.approx(seconds(widths), rel=0.05)
 
 
 def test_the_shrunk_model_is_what_is_timed(tmp_path: Path) -> None:
@@ -110,15 +131,13 @@ def test_a_broken_cache_is_measured_anew(tmp_path: Path, value: str) -> None:
     assert latency(structure, model, (x,), clock=model.clock, seconds=0.1, cache=tmp_path).timings
 
 
-def test_trial_widths_are_on_the_ladder() -> None:
-    points = trial_widths((64, 50, 3), (16, 8, 4), seed=1)
+def test_trial_widths_are_on_the_rungs() -> None:
+    rungs = [(4, 16, 32, 48, 64), (8, 16, 24, 32, 40, 48, 50), (3,)]
+    points = trial_widths((64, 50, 3), rungs, seed=1)
     assert points[0] == (64, 50, 3)
     assert len(points) == len(set(points)) > 12
-    for a, b, c in points:
-        assert a % 16 == 0
-        assert b % 8 == 0 or b == 50
-        assert c == 3
-        assert min(a, b, c) > 0
+    assert all(n in allowed for widths in points for n, allowed in zip(widths, rungs, strict=True))
+    assert {a for a, _, _ in points} == set(rungs[0])  # the floor too
 
 
 def test_a_real_clock(tmp_path: Path) -> None:
@@ -134,7 +153,7 @@ def test_a_real_clock(tmp_path: Path) -> None:
 def test_bad_input() -> None:
     model, x = Timed(), torch.randn(7, 20)
     structure = analyse(model, (x,))
-    parts = families(structure, model)
+    parts = parts_of(structure, model)
     for times in ([], [1.0, float("nan")], [1.0, 0.0]):
         with pytest.raises(ValueError, match="times="):
             fit(structure, parts, trial_widths(structure.sizes)[: len(times)], times)

@@ -32,6 +32,7 @@ def test_exact_on_a_quiet_machine() -> None:
     timing = measure_latency(clock.takes("a", lambda: 0.125), clock=clock, seconds=4.0)
     assert (timing.median, timing.spread) == (0.125, 0.0)
     assert timing.rounds == 16
+    assert timing.runs == len(clock.order)
 
 
 def test_in_turn_each_after_a_run_of_its_own() -> None:

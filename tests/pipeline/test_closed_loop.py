@@ -23,6 +23,7 @@ from probes import probed
 from torch import Tensor, nn
 
 import controlprune as cp
+from controlprune import wiring
 from controlprune.compare import Side, train
 from controlprune.history import Record
 from controlprune.policies.base import Decision, Setting
@@ -373,6 +374,74 @@ def test_a_measured_latency_bears_it(strain: str) -> None:
     assert swings(run) <= 0.15
     run.controller.finalize()
     assert 0.42 <= forward_seconds(run) / dense <= 0.5 * 1.05
+
+
+def test_a_machine_that_slows_down_is_noticed_though_no_layout_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seconds are seconds: half as fast, half as much is left."""
+    monkeypatch.setattr(wiring, "AGAIN", 60)
+    run, ticker = latency_run(INVERTED, cp.Budget(latency="3 ms"))
+    assert forward_seconds(run) > 4.5e-3
+    run.until(0.5)
+    assert 2.7e-3 < forward_seconds(run) <= 3.1e-3
+    ticker.slow = 1.4
+    run.until(1.0)
+    assert 2.7e-3 < ticker.slow * forward_seconds(run) <= 3.1e-3
+
+
+class Blocked(nn.Conv2d):
+    """Takes time in whole blocks of 16 channels, in and out."""
+
+    def __init__(self, inputs: int, outputs: int, ticker: Ticker) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.ticker = ticker
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, inputs = self.weight.shape[:2]
+        self.ticker.seconds += 1e-4 * math.ceil(inputs / 16) * math.ceil(outputs / 16)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_a_latency_in_stairs_is_met(target: float) -> None:
+    """Widths stay at the ends of blocks (the tests' device works in blocks of 16), and fill the budget."""
+    ticker = Ticker()
+    layers = [
+        Blocked(1, 48, ticker),
+        Blocked(48, 32, ticker),
+        Blocked(32, 64, ticker),
+        Blocked(64, 32, ticker),
+    ]
+    rest = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), *rest)
+    x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
+    optimizer = torch.optim.Adam(model.parameters())
+    controller = cp.attach(
+        model,
+        optimizer,
+        budget=cp.Budget(latency=target),
+        example_inputs=(x,),
+        total_steps=120,
+        instruments=cp.Instruments(clock=ticker),
+    )
+    dense = timed(model, x, ticker)
+    for _ in range(120):
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    controller.finalize()
+    assert 0.92 * target <= timed(model, x, ticker) / dense <= 1.05 * target
+    assert all(layer.out_channels % 16 == 0 or layer.out_channels <= 4 for layer in layers)
+
+
+def timed(model: nn.Module, x: Tensor, ticker: Ticker) -> float:
+    began = ticker.seconds
+    with torch.no_grad():
+        model(x)
+    return ticker.seconds - began
 
 
 def forward_seconds(run: Run) -> float:
