@@ -353,7 +353,7 @@ def test_devices_measured_apart_go_by_rank_0(rank: int) -> None:
     multiples = (4 << rank,)
     attaching = sys.modules["controlprune.attach"]
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(attaching, "group_multiples", lambda *given: multiples)
+        patch.setattr(attaching, "group_multiples", lambda *given, timed: multiples)
         run = Run(rank)
         warnings.simplefilter("error")
         run.train(STEPS, each=assert_same)

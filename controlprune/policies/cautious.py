@@ -27,7 +27,7 @@ from ..tradeoff import Problem, Solution, solve
 from .base import Setting
 from .caution import Values, floors, held, margin_scale, slew, trusted
 
-__all__ = ["Stand", "allocate", "believed", "tolerances", "uniform_under"]
+__all__ = ["FAR", "Stand", "allocate", "believed", "tolerances", "uniform_under"]
 
 NEAR, FAR, FINE, ROUGH = 0.009, 0.015, 0.004, 0.04
 

@@ -32,6 +32,7 @@ from ..regulators.plan import Plan, PlanState, Trend
 from ..regulators.state import pack, unpack
 from ..regulators.totals import hastened, mean_left, rest, steady
 from .base import Setting
+from .cautious import FAR, tolerances
 
 __all__ = ["Reference"]
 
@@ -176,10 +177,11 @@ class Reference:
         if self._solved is None:
             return any(r < 1.0 for r in asked.values())
         old, use = self._solved, self.realised(widths)
+        left = dict(zip(self.setting.costs, tolerances(self.setting, asked, FAR), strict=True))
         for name, r in asked.items():
             if name in self._spent and self.level == 0.0:
                 wanted = r - self._spent[name][2]
-                full = any(use[k] > limit - MOVED for k, limit in asked.items() if k != name)
+                full = any(use[k] >= limit - left[k] for k, limit in asked.items() if k != name)
                 away = wanted < -MOVED or (wanted > MOVED and not full)
             else:
                 away = name not in old or abs(r - old[name]) > MOVED

@@ -53,9 +53,9 @@ def test_exact_times_give_the_coefficients_back(net: str) -> None:
     rates = {family: 1e-3 * (k % 3) for k, family in enumerate(dict.fromkeys(p.family for p in parts))}
     points = trial_widths(structure.sizes)
     polynomials = [Polynomial.of(part.terms, len(structure.groups)) for part in parts]
-    whole = {
-        f: sum(q.value(structure.sizes) for q, p in zip(polynomials, parts) if p.family == f) for f in rates
-    }
+    whole = dict.fromkeys(rates, 0.0)
+    for part, polynomial in zip(parts, polynomials, strict=True):
+        whole[part.family] += polynomial.value(structure.sizes)
 
     def seconds(widths: tuple[int, ...]) -> float:
         pairs = zip(polynomials, parts, strict=True)
