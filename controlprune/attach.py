@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .budget import MEASURED, Budget, Price, require_budget
 from .controller import Controller
+from .cost.timing import settle_heap
 from .distributed import is_sharded, unwrapped
 from .gauge import Gauge
 from .instruments import Instruments
@@ -73,6 +74,8 @@ def attach(
     _check_optimizer_covers(model, optimizer, structure)
     known = round_to is not None or sharded
     timed = not MEASURED.isdisjoint(_named(budget))
+    if timed:
+        settle_heap()
     multiples = () if known else group_multiples(structure, dict(model.named_parameters()), timed=timed)
     bench = Bench(
         model,

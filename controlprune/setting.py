@@ -2,7 +2,8 @@
 
 A run total (`train_flops` = 0.4) is feasible if a net at the floors, from the first step on, uses less.
 Where time or energy is under budget, the widths between the multiples that the device runs well are not
-used at all (rounding.py), and none below the first, where the budget can be met without by `ROOM`.
+used at all (rounding.py), and none below the first, where the budget can be met without by `ROOM` (a sum
+over the run may need to be small while it can).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def make_setting(
     bounds = [limits[k] for k in limits]
     require_feasible([used[k] for k in limits], bounds, steps.floors, sizes, list(limits))
     floors = steps.ends(sizes)
-    if any(used[k].value(floors) > ROOM * limits[k] for k in limits):
+    if totals or any(used[k].value(floors) > ROOM * limits[k] for k in limits):
         floors = steps.floors
     return Setting(
         structure=structure,

@@ -78,7 +78,7 @@ class Reference:
         known = resource in self._spent
         self._spent[resource] = (spent, limit, self._real(resource, modelled))
         if not known:
-            self._factor = min(self._factor, hastened(limit, self._ahead_at))
+            self._factor = min(self._factor, hastened(limit, self._ahead_at, self._least(resource)))
 
     def retarget(self, setting: Setting) -> None:
         """The user changed the budget; the plan's position is kept, limits follow at the next update."""

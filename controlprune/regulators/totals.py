@@ -25,8 +25,9 @@ swings from update to update. In the last steps the gain on ε stays bounded, an
 them.
 
 `hastened`: how much faster the plan must be (a factor on its times) for the end to be no lower than
-`share` of the mean, β ≥ share · limit, so that a small total is met by a moderate net cut early and not by
-a tiny one cut late.
+`share` of the way from the smallest net to the mean, β ≥ least + share · (limit − least), so that a small
+total is met by a moderate net cut early and not by a tiny one cut late. `least`: what a step of the smallest
+net uses; much of the time of a step does not shrink.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ def steady(limit: float, spent: float, progress: float, use: float, asked: float
     return min(max(last + HALF * (use + error / max(left, SHORT) - last), 0.0), 1.0)
 
 
-def hastened(limit: float, ahead: Callable[[float], float], share: float = 0.6) -> float:
-    """The largest factor in (0, 1] on the plan's times with β ≥ share · limit; `ahead(factor)` is L then."""
-    if rest(limit, ahead(1.0)) >= share * limit:
+def hastened(limit: float, ahead: Callable[[float], float], least: float, share: float = 0.6) -> float:
+    """The largest factor in (0, 1] on the plan's times with that β; `ahead(factor)` is L then."""
+    wanted = least + share * (limit - least)
+    if rest(limit, ahead(1.0)) >= wanted:
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if rest(limit, ahead(middle)) >= share * limit else (low, middle)
+        low, high = (middle, high) if rest(limit, ahead(middle)) >= wanted else (low, middle)
     return low

@@ -37,10 +37,13 @@ def test_hastened_keeps_a_patient_plan_and_speeds_up_a_tight_one() -> None:
     def ahead(factor: float) -> float:
         return plan.scaled(factor).ahead(0.0, 1.0, None)
 
-    assert hastened(0.9, ahead) == 1.0
-    factor = hastened(0.2, ahead)
+    assert hastened(0.9, ahead, 0.0) == 1.0
+    factor = hastened(0.2, ahead, 0.0)
     assert 0.0 < factor < 1.0
     assert rest(0.2, ahead(factor)) == pytest.approx(0.6 * 0.2, rel=1e-6)
+    sooner = hastened(0.2, ahead, 0.1)  # half of what may be used does not shrink
+    assert 0.0 < sooner < factor
+    assert rest(0.2, ahead(sooner)) == pytest.approx(0.1 + 0.6 * 0.1, rel=1e-6)
 
 
 @pytest.mark.parametrize("real", [0.5, 1.0, 2.0, 3.0])
@@ -60,7 +63,7 @@ def test_it_settles_where_the_real_gain_is_another(real: float) -> None:
 def test_a_run_ends_on_its_limit(limit: float, factor: float) -> None:
     """The model of a step is wrong (by `factor` when tiny), its use noisy; an observer is at work."""
     plan = Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)
-    quick = plan.scaled(hastened(limit, lambda f: plan.scaled(f).ahead(0.0, 1.0, None)))
+    quick = plan.scaled(hastened(limit, lambda f: plan.scaled(f).ahead(0.0, 1.0, None), 0.0))
     random = np.random.default_rng(0)
     observer = Observer()
     state = observer.init()
