@@ -25,6 +25,7 @@ from .policies.control import Control
 from .resources import EXACT, Bench, Survey, exact_costs, measured_costs
 from .rounding import group_multiples
 from .setting import Steps, make_setting
+from .structure import analyse
 from .structure.groups import Structure
 from .traced import Traced, trace
 from .wiring import require_unattached
@@ -76,6 +77,8 @@ def attach(
     timed = not MEASURED.isdisjoint(_named(budget))
     if timed:
         settle_heap()
+    apart = deploy_inputs is not None and not {"latency", "energy"}.isdisjoint(_named(budget))
+    deployed = _deployed(structure, model, deploy_inputs, ignored_layers) if apart else None
     multiples = () if known else group_multiples(structure, dict(model.named_parameters()), timed=timed)
     bench = Bench(
         model,
@@ -84,6 +87,7 @@ def attach(
         example_inputs if deploy_inputs is None else deploy_inputs,
         instruments,
         Steps.of(structure, round_to, multiples, timed=timed).rungs(structure.sizes),
+        deployed,
     )
     survey = Survey(measured_costs(_named(budget), structure, bench), multiples)
 
@@ -120,6 +124,20 @@ def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:
             "policy: sharded parameters keep their shapes; give policy=controlprune.Control(shrink=False)"
         )
     return True
+
+
+def _deployed(
+    structure: Structure, model: nn.Module, inputs: Any, ignored_layers: Sequence[nn.Module | str]
+) -> Structure:
+    """The same groups, with the work that the deploy inputs make; as it was if they show other groups."""
+    try:
+        seen = analyse(model, inputs, ignored_layers=ignored_layers)
+    except ValueError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"deploy_inputs: the model's forward does not take them: {reason}") from error
+    if (seen.names, seen.sizes) != (structure.names, structure.sizes):
+        return structure
+    return replace(structure, work=seen.work, traffic=seen.traffic)
 
 
 def _check_traced_alone(budget: Budget | Price) -> None:

@@ -14,8 +14,8 @@ below to `NOISE` above, and its model has learned since. All are fractions of de
 dense step, its sums of a run.
 
 The plan is hastened where a run total would otherwise need an end below the smallest net. A total that even
-the smallest net would miss by more than `MISSED` is said once, when the net is that small: how much of a step
-does not shrink only the run shows, and a larger net shows it badly.
+the smallest net would miss by more than `MISSED`, `SURE` updates long, is said once, when the net is that
+small: how much of a step does not shrink only the run shows, and a larger net shows it badly.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ MOVED = 0.005  # of dense
 LITTLE = 0.05  # of a dense step
 HASTE = 0.7  # on the times of a plan that turns out to be too slow for a run total
 MISSED = 0.05  # of a run total's limit
+SURE = 3  # updates in a row
 NEAR = 0.05  # of a dense step
 LEARNED = 0.01  # of a modelled limit
 NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
@@ -60,6 +61,7 @@ class Reference:
         self._solved: dict[str, float] | None = None  # what was asked for at the last solution
         self._limits: dict[str, float] = {}  # and what that meant of the modelled use
         self._missed: set[str] = set()  # run totals that were said to be out of reach
+        self._missing: dict[str, int] = {}  # for how many updates they have seemed to be
 
     # --- what comes in --------------------------------------------------------------------------
 
@@ -117,7 +119,9 @@ class Reference:
             if use > least + NEAR:
                 continue
             end = spent + least * (1.0 - progress)
-            if end > limit * (1.0 + MISSED) and name not in self._missed:
+            missed = end > limit * (1.0 + MISSED)
+            self._missing[name] = self._missing.get(name, 0) + 1 if missed else 0
+            if self._missing[name] == SURE and name not in self._missed:
                 self._missed.add(name)
                 warnings.warn(
                     f"controlprune: {name} cannot end at {limit:.3g} of a dense run: {spent:.3g} is spent, "

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 
 import pytest
 import torch
 from rig import QUICK, rig
-from torch import nn
+from torch import Tensor, nn
 
 import controlprune as cp
+from controlprune.cost.flops import flops
+from controlprune.structure import analyse
 
 
 @pytest.mark.parametrize("target", [0.4, 0.7])
@@ -140,3 +143,26 @@ def test_latency_is_measured_and_fed_back() -> None:
     assert "latency: measured over modelled" in controller.report()
     controller.finalize()
     assert controller.history[-1].realised["latency"] <= 0.52
+
+
+class Mixing(nn.Module):
+    """Its first layer's work grows with the length of the input, its second's does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each, self.last = nn.Linear(4, 32), nn.Linear(32, 24)
+        self.head = nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.last(torch.relu(self.each(x)).mean(1))))
+
+
+def test_a_latency_is_modelled_on_what_is_deployed() -> None:
+    """The work of each operator is that of the deploy inputs, not the examples'."""
+    model = Mixing()
+    structure = analyse(model, (torch.zeros(2, 3, 4),))
+    seen = sys.modules["controlprune.attach"]._deployed(structure, model, (torch.zeros(1, 30, 4),), ())
+    assert flops(structure).value((16, 8)) == 2 * (2 * 3 * 4 * 16 + 2 * 16 * 8 + 2 * 8 * 2)
+    assert flops(seen).value((16, 8)) == 2 * (30 * 4 * 16 + 16 * 8 + 8 * 2)
+    assert seen.groups == structure.groups
+    assert seen.tensors == structure.tensors

@@ -57,6 +57,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown keyword": (
         {"example_inputs": {"image": torch.zeros(2, 8)}}, ValueError, "example_inputs do not fit"
     ),
+    "other inputs than it takes": (
+        {"budget": cp.Budget(latency=0.5), "deploy_inputs": (torch.zeros(2, 9),)},
+        ValueError,
+        "deploy_inputs: the model's forward does not take them: .*shapes",
+    ),
     "unknown layer": ({"ignored_layers": ["head"]}, ValueError, "ignored_layers: .* 'head'"),
     "all layers ignored": (
         {"ignored_layers": ["0", "3", "5"]}, ValueError, "nothing in Sequential can be pruned"
