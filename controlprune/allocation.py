@@ -38,10 +38,15 @@ def ladder(size: int, floor: int, step: int) -> NDArray[np.int64]:
 
 
 def feasible_range(
-    costs: Sequence[Polynomial], floors: Sequence[int], sizes: Sequence[int]
+    costs: Sequence[Polynomial],
+    floors: Sequence[int],
+    sizes: Sequence[int],
+    least: Sequence[float] | None = None,
 ) -> tuple[tuple[float, float], ...]:
-    """(least, dense) of every cost."""
-    return tuple((cost.value(floors), cost.value(sizes)) for cost in costs)
+    """(least, dense) of every cost; `least`: what was measured at the floors, 0 where nothing was."""
+    known = [0.0] * len(costs) if least is None else least
+    pairs = zip(costs, known, strict=True)
+    return tuple((max(cost.value(floors), low), cost.value(sizes)) for cost, low in pairs)
 
 
 def require_feasible(
@@ -50,9 +55,10 @@ def require_feasible(
     floors: Sequence[int],
     sizes: Sequence[int],
     resources: Sequence[str] = (),
+    least: Sequence[float] | None = None,
 ) -> tuple[tuple[float, float], ...]:
     """The feasible range; `InfeasibleBudget` if a limit lies below it."""
-    ranges = feasible_range(costs, floors, sizes)
+    ranges = feasible_range(costs, floors, sizes, least)
     names = list(resources) or [f"cost {k}" for k in range(len(costs))]
     low = [
         f"{name} <= {limit:.6g} (feasible: {least:.6g} to {dense:.6g}, i.e. {least / dense:.4f} of dense up)"

@@ -22,7 +22,7 @@ from .instruments import Instruments
 from .meters import choose_meter
 from .policies.base import Policy, Setting
 from .policies.control import Control
-from .resources import EXACT, Bench, Survey, exact_costs, measured_costs
+from .resources import EXACT, Bench, Survey, exact_costs, survey
 from .rounding import group_multiples
 from .setting import Steps, make_setting
 from .structure import analyse
@@ -80,16 +80,18 @@ def attach(
     apart = deploy_inputs is not None and not {"latency", "energy"}.isdisjoint(_named(budget))
     deployed = _deployed(structure, model, deploy_inputs, ignored_layers) if apart else None
     multiples = () if known else group_multiples(structure, dict(model.named_parameters()), timed=timed)
+    steps = Steps.of(structure, round_to, multiples, timed=timed)
     bench = Bench(
         model,
         optimizer,
         example_inputs,
         example_inputs if deploy_inputs is None else deploy_inputs,
         instruments,
-        Steps.of(structure, round_to, multiples, timed=timed).rungs(structure.sizes),
+        steps.rungs(structure.sizes),
+        steps.floors,
         deployed,
     )
-    survey = Survey(measured_costs(_named(budget), structure, bench), multiples)
+    found = survey(_named(budget), structure, bench, multiples)
 
     def settle(budget: Budget | Price, survey: Survey) -> Setting:
         return make_setting(
@@ -101,10 +103,11 @@ def attach(
             batch=traced.batch,
             seed=seed,
             multiples=survey.multiples,
+            least=survey.least,
         )
 
-    gauge = _gauge(budget, survey, bench, structure.sizes)
-    controller = Controller(model, optimizer, budget, survey, settle, policy, instruments, gauge, parking)
+    gauge = _gauge(budget, found, bench, structure.sizes)
+    controller = Controller(model, optimizer, budget, found, settle, policy, instruments, gauge, parking)
     if given is not model:
         controller.replicate(given)
     return controller

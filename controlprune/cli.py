@@ -18,7 +18,7 @@ from .history import History
 from .instruments import Instruments
 from .plots import plot
 from .report import structure_report, summary
-from .resources import Bench, measured_costs
+from .resources import Bench, survey
 from .rounding import group_multiples
 from .setting import Steps
 from .structure import analyse
@@ -123,12 +123,14 @@ def _profile(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.factory} does not run on a float input of shape {shape}: {error}"
         ) from error
-    measured = {}
+    measured = None
     if options.measure and structure.groups:
         multiples = group_multiples(structure, dict(model.named_parameters()), timed=True)
-        rungs = Steps.of(structure, None, multiples, timed=True).rungs(structure.sizes)
-        bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments(), rungs)
-        measured = measured_costs(("memory", "latency"), structure, bench)
+        steps = Steps.of(structure, None, multiples, timed=True)
+        optimizer = torch.optim.Adam(model.parameters())
+        rungs = steps.rungs(structure.sizes)
+        bench = Bench(model, optimizer, inputs, inputs, Instruments(), rungs, steps.floors)
+        measured = survey(("memory", "latency"), structure, bench)
     print(structure_report(structure, measured))
 
 

@@ -21,6 +21,7 @@ from .intake import Intake
 from .interrupts import uninterrupted
 from .layouts import Layouts
 from .masking import Plant, checked
+from .policies.base import Decision
 from .resources import Survey
 from .resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
 from .structure.groups import Group, widths_of
@@ -31,6 +32,8 @@ __all__ = ["Controller", "Cost"]
 
 log = logging.getLogger("controlprune")
 CORRECTIONS = 4  # of a measured resource that finalize finds above its limit
+READINGS = 2  # times, before anything is decided
+TOLD = 0.05  # of a limit: a measured use further above it is said
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,8 @@ class Controller(Wiring):
         before, was_compact = self._plant.masks, self._plant.compact
         self._weigh()
         corrections = CORRECTIONS if self._metering.gauge is not None else 0
-        if corrections:
-            self._measure()  # no unit goes for one bad measurement
+        for _ in range(min(corrections, READINGS)):
+            self._measure()  # no unit goes, or stays, for one bad measurement
         decision = self._loop.last(before)
         self._relayout(decision.masks, into is None)
         for _ in range(corrections):
@@ -221,6 +224,7 @@ class Controller(Wiring):
             self._relayout(decision.masks, True)
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
             log.warning("finalize: the run ended above the budget; units were switched off to meet it")
+        self._say_what_is_missed(decision)
         self._event = "finalize"
         self._write(decision, before, was_compact)
         small = self._plant.model if into is None else self._plant.gathered(into)
@@ -228,6 +232,20 @@ class Controller(Wiring):
             plant.harden()
         self._close()
         return small
+
+    def _say_what_is_missed(self, decision: Decision) -> None:
+        use = self._loop.realised(widths_of(decision.masks))
+        over = [
+            f"{name} is {use[name]:.3g} of dense, {limit:.3g} was asked"
+            for name, limit in self._setting.budget.items()
+            if name in self._setting.measured and use[name] > limit * (1.0 + TOLD)
+        ]
+        if over:
+            warnings.warn(
+                f"controlprune: finalize: {'; '.join(over)}; no smaller net was found, as measured just now. "
+                "Loosen it, or look for what else ran on this machine",
+                stacklevel=4,
+            )
 
     @uninterrupted
     def detach(self) -> nn.Module:

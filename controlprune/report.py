@@ -14,6 +14,7 @@ from .cost.flops import flops
 from .cost.params import parameters
 from .cost.polynomial import Polynomial
 from .history import History
+from .resources import Survey
 from .setting import width_steps
 from .structure.groups import Structure
 
@@ -75,12 +76,12 @@ def refusals_table(structure: Structure) -> str:
     )
 
 
-def structure_report(structure: Structure, measured: Mapping[str, Polynomial] | None = None) -> str:
+def structure_report(structure: Structure, measured: Survey | None = None) -> str:
     """Groups, refusals and the range each budget can be asked for; `measured`: costs besides the counted."""
     if not structure.groups:
         parts = ["Nothing in this model can be pruned."]
     else:
-        parts = [groups_table(structure), _ranges_table(structure, measured or {})]
+        parts = [groups_table(structure), _ranges_table(structure, measured or Survey({}))]
     if structure.refused:
         parts.insert(1, refusals_table(structure))
     return "\n\n".join(parts)
@@ -120,13 +121,14 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> str:
     return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _ranges_table(structure: Structure, measured: Mapping[str, Polynomial]) -> str:
+def _ranges_table(structure: Structure, measured: Survey) -> str:
     """From the floor that `attach` keeps in every group to dense."""
-    costs = {"flops": flops(structure), "params": parameters(structure), **measured}
+    costs = {"flops": flops(structure), "params": parameters(structure), **measured.costs}
     floors = width_steps(structure.sizes, None)
     rows = []
     for name, cost in costs.items():
-        [(least, dense)] = feasible_range([cost], floors, structure.sizes)
+        known = [measured.least.get(name, 0.0)]
+        [(least, dense)] = feasible_range([cost], floors, structure.sizes, known)
         if dense > 0:
             unit = UNITS[name] if name != "params" else ""
             ends = (quantity(value, unit) for value in (least, dense))

@@ -12,8 +12,9 @@ train_energy       σ = `FIXED`: what of a step does not shrink. A guess, correc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +34,7 @@ from .structure.extents import Fixed
 from .structure.groups import Structure
 from .structure.trace import call_model, copied, untouched
 
-__all__ = ["EXACT", "Bench", "Survey", "exact_costs", "measured_costs", "step_share"]
+__all__ = ["EXACT", "Bench", "Survey", "exact_costs", "step_share", "survey"]
 
 FIXED = 0.15
 EXACT: Mapping[str, Callable[[Structure], Polynomial]] = {
@@ -53,6 +54,7 @@ class Bench:
     deploy_inputs: Any
     instruments: Instruments
     rungs: Sequence[Sequence[int]] | None = None  # the widths of each group that will be used; None: any
+    floors: Sequence[int] | None = None  # of the narrowest net
     deployed: Structure | None = None  # with the work that the deploy inputs make; None: the example's
 
 
@@ -61,11 +63,13 @@ class Survey:
     """What was measured of model and device when attaching.
 
     A resumed run and every replica go on with the same numbers, whatever their own device says.
-    `costs`: resource -> C_k(n); `multiples`: widths that run well, per group, or empty (rounding.py).
+    `costs`: resource -> C_k(n); `multiples`: widths that run well, per group, or empty (rounding.py);
+    `least`: resource -> use of the narrowest net, where that was timed.
     """
 
     costs: Mapping[str, Polynomial]
-    multiples: tuple[int, ...]
+    multiples: tuple[int, ...] = ()
+    least: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def mark(self) -> str:
@@ -76,33 +80,44 @@ class Survey:
         return {
             "costs": {name: cost.state_dict() for name, cost in self.costs.items()},
             "multiples": list(self.multiples),
+            "least": dict(self.least),
         }
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Survey:
         costs = {name: Polynomial.from_state(cost) for name, cost in state["costs"].items()}
-        return Survey(costs, tuple(int(m) for m in state["multiples"]))
+        least = {str(name): float(value) for name, value in state["least"].items()}
+        return Survey(costs, tuple(int(m) for m in state["multiples"]), least)
 
 
-def measured_costs(names: Iterable[str], structure: Structure, bench: Bench) -> dict[str, Polynomial]:
+def survey(
+    names: Iterable[str], structure: Structure, bench: Bench, multiples: tuple[int, ...] = ()
+) -> Survey:
     """C_k(n) of those resources that the trace alone does not tell; the model is left as it was found."""
-    found: dict[str, Polynomial] = {}
+    costs: dict[str, Polynomial] = {}
+    least: dict[str, float] = {}
     for name in names:
         if name in ("train_time", "train_energy"):
-            found[name] = step_share(structure)
+            costs[name] = step_share(structure)
         elif name == "memory":
-            found[name] = memory(structure, bench.model, bench.optimizer, bench.example_inputs).peak
-        elif name == "latency":
-            found[name] = _latency(structure, bench)
-        elif name == "energy":
-            found.setdefault("latency", _latency(structure, bench))
-            found[name] = _energy(found["latency"], bench)
-    return found
+            costs[name] = memory(structure, bench.model, bench.optimizer, bench.example_inputs).peak
+        elif name in ("latency", "energy"):
+            if "latency" not in costs:
+                costs["latency"], least["latency"] = _latency(structure, bench)
+            if name == "energy":
+                costs["energy"] = _energy(costs["latency"], bench)
+                joules, seconds = (costs[k].value(structure.sizes) for k in ("energy", "latency"))
+                least["energy"] = least["latency"] * joules / seconds
+    return Survey(costs, multiples, {k: v for k, v in least.items() if not math.isnan(v)})
 
 
-def _latency(structure: Structure, bench: Bench) -> Polynomial:
+def _latency(structure: Structure, bench: Bench) -> tuple[Polynomial, float]:
+    """Seconds over the widths, and of the narrowest net."""
     clock, seen = bench.instruments.clock, bench.deployed or structure
-    return latency(seen, bench.model, bench.deploy_inputs, rungs=bench.rungs, clock=clock).seconds
+    found = latency(
+        seen, bench.model, bench.deploy_inputs, rungs=bench.rungs, floors=bench.floors, clock=clock
+    )
+    return found.seconds, found.least
 
 
 def _energy(seconds: Polynomial, bench: Bench) -> Polynomial:

@@ -90,10 +90,12 @@ def make_setting(
     batch: int,
     seed: int,
     multiples: Sequence[int] = (),
+    least: Mapping[str, float] | None = None,
 ) -> Setting:
     """Targets as fractions of dense, steps and floors; an unreachable budget is an error.
 
-    `costs`: at least those of the resources that `budget` names (resources.py).
+    `costs`: at least those of the resources that `budget` names (resources.py). `least`: what the narrowest
+    net was measured to use.
     """
     sizes = structure.sizes
     targets = budget.targets() if isinstance(budget, Budget) else {}
@@ -111,8 +113,9 @@ def make_setting(
     totals = frozenset(name for name in targets if name in TOTALS)
     limits = {name: target.limit(dense[name]) for name, target in targets.items() if name not in totals}
     limits |= {k: t.value * dense[k] for k, t in targets.items() if k in totals and t.relative}
-    bounds = [limits[k] for k in limits]
-    require_feasible([used[k] for k in limits], bounds, steps.floors, sizes, list(limits))
+    known = [(least or {}).get(k, 0.0) for k in limits]
+    bounds = list(limits.values())
+    require_feasible([used[k] for k in limits], bounds, steps.floors, sizes, list(limits), known)
     floors = steps.ends(sizes)
     if totals or any(used[k].value(floors) > ROOM * limits[k] for k in limits):
         floors = steps.floors

@@ -31,9 +31,9 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -73,13 +73,15 @@ class Part:
 class Latency:
     """`seconds` over the widths, and how far to trust it.
 
-    `coefficients`: part -> seconds of it in a dense forward; `error`: see the module; `points`: the widths
-    that were timed; `timings`: what they took (both empty where all of it came from the cache).
+    `coefficients`: part -> seconds of it in a dense forward; `error`: see the module; `least`: seconds at
+    the floors (nan: not timed); `points`: the widths that were fitted; `timings`: what they took (both empty
+    where all of it came from the cache).
     """
 
     seconds: Polynomial
     coefficients: Mapping[str, float]
     error: float
+    least: float = math.nan
     points: tuple[tuple[int, ...], ...] = ()
     timings: tuple[Timing, ...] = ()
 
@@ -90,6 +92,7 @@ def latency(
     inputs: ExampleInputs,
     *,
     rungs: Sequence[Sequence[int]] | None = None,
+    floors: Sequence[int] | None = None,
     clock: Clock = time.perf_counter,
     seconds: float = 10.0,
     seed: int = 0,
@@ -98,23 +101,28 @@ def latency(
 ) -> Latency:
     """Measure and fit, or read what was fitted for this model on this machine before.
 
-    `inputs`: what the model will be deployed on, run in eval mode without gradients. `steps`: width step per
-    group, so that only widths are timed that will be used. `seconds`: about how long to measure for.
+    `inputs`: what the model will be deployed on, run in eval mode without gradients. `rungs`: the widths
+    of each group that will be used (None: any), so that only those are timed. `floors`: the narrowest net,
+    timed beside; below the blocks of a kernel no polynomial tells it. `seconds`: about how long to measure.
     `cache`: the folder of the cache file (default: the user's); `anew`: measure whatever the cache knows.
     """
     device, dtype = _where(model)
     parts = parts_of(structure, model)
-    key = _signature(structure, inputs, rungs, f"{device_name(device, dtype)} {_name_of(clock)}")
-    known = None if anew else _read(read_cache("latency", cache).get(key), parts)
+    key = _signature(structure, inputs, (rungs, floors), f"{device_name(device, dtype)} {_name_of(clock)}")
+    known = None if anew else _read(read_cache("latency", cache).get(key), parts, floors is not None)
     if known is not None:
         return Latency(_polynomial(structure, parts, known[0]), *known)
     points = trial_widths(structure.sizes, rungs, seed)
+    beside = [] if floors is None else [tuple(floors)]
     timings = measure_widths(
-        structure, model, inputs, points, clock=device_clock(device, clock), seconds=seconds
+        structure, model, inputs, [*points, *beside], clock=device_clock(device, clock), seconds=seconds
     )
-    found = fit(structure, parts, points, [timing.median for timing in timings])
-    write_cache("latency", key, {"coefficients": dict(found.coefficients), "error": found.error}, cache)
-    return Latency(found.seconds, found.coefficients, found.error, tuple(points), tuple(timings))
+    fitted, apart = timings[: len(points)], timings[len(points) :]
+    found = fit(structure, parts, points, [timing.median for timing in fitted])
+    least = apart[0].median if apart else math.nan
+    told = {"coefficients": dict(found.coefficients), "error": found.error, "least": least}
+    write_cache("latency", key, told, cache)
+    return replace(found, least=least, points=tuple(points), timings=tuple(fitted))
 
 
 def parts_of(structure: Structure, model: nn.Module) -> list[Part]:
@@ -248,21 +256,21 @@ def _name_of(clock: Clock) -> str:
 
 
 def _signature(
-    structure: Structure, inputs: ExampleInputs, rungs: Sequence[Sequence[int]] | None, machine: str
+    structure: Structure, inputs: ExampleInputs, widths: tuple[object, object], machine: str
 ) -> str:
     shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in input_tensors(inputs)]
-    allowed = None if rungs is None else [tuple(ladder) for ladder in rungs]
     told = (structure.sizes, structure.work, structure.traffic, tuple(structure.tensors.items()), shapes)
-    digest = hashlib.sha256(repr((told, allowed)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(repr((told, widths)).encode()).hexdigest()[:16]
     return f"{machine} {digest}"
 
 
-def _read(value: object, parts: Sequence[Part]) -> tuple[dict[str, float], float] | None:
-    """A cached fit, if that is what it is."""
+def _read(value: Any, parts: Sequence[Part], least: bool) -> tuple[dict[str, float], float, float] | None:
+    """A cached fit, if that is what it is; `least`: it must know the narrowest net."""
     try:
-        coefficients = {p.name: float(value["coefficients"][p.name]) for p in parts}  # type: ignore[index]
-        error = float(value["error"])  # type: ignore[index]
+        coefficients = {p.name: float(value["coefficients"][p.name]) for p in parts}
+        error, narrowest = float(value["error"]), float(value["least"]) if least else math.nan
     except (KeyError, TypeError, ValueError):
         return None
-    sound = np.isfinite([error, *coefficients.values()]).all() and min(coefficients.values()) >= 0
-    return (coefficients, error) if sound and any(coefficients.values()) else None
+    known = [error, *coefficients.values(), *([narrowest] if least else [])]
+    sound = np.isfinite(known).all() and min(known) >= 0
+    return (coefficients, error, narrowest) if sound and any(coefficients.values()) else None

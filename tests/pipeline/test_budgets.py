@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import controlprune as cp
 from controlprune.cost.flops import flops
+from controlprune.gauge import Reading
 from controlprune.structure import analyse
 
 
@@ -166,3 +167,20 @@ def test_a_latency_is_modelled_on_what_is_deployed() -> None:
     assert flops(seen).value((16, 8)) == 2 * (30 * 4 * 16 + 16 * 8 + 8 * 2)
     assert seen.groups == structure.groups
     assert seen.tensors == structure.tensors
+
+
+def test_one_measurement_is_booked_once_whatever_it_tells() -> None:
+    """Latency and joules are read in the same forwards, and both count what they cost."""
+    run = rig("mlp", total_steps=100)
+    metering = run.controller._metering
+    reading = Reading(0.5, 0.01, live=30, dense=60)
+
+    class Both:
+        def read(self, model: nn.Module) -> dict[str, Reading]:
+            return {"latency": reading, "energy": reading}
+
+    metering.gauge = Both()  # type: ignore[assignment]
+    whole = metering._work.value((32, 24))
+    metering.laid_out((16, 12), run.model)
+    live = metering._work.value((16, 12)) / whole
+    assert metering.accounts._counts == pytest.approx((30 * live + 60) / 3)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -399,49 +400,76 @@ class Blocked(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs, inputs = self.weight.shape[:2]
-        self.ticker.seconds += 1e-4 * math.ceil(inputs / 16) * math.ceil(outputs / 16)
+        blocks = math.ceil(inputs / 16) * math.ceil(outputs / 16)
+        self.ticker.seconds += self.ticker.slow * 1e-4 * blocks
         return super().forward(x)
+
+
+@dataclass
+class Blocks:
+    """A net of 3, 2, 4 and 2 blocks of channels, its simulated clock, and something to train on."""
+
+    model: nn.Module
+    ticker: Ticker
+    batch: tuple[Tensor, Tensor]
+
+    @staticmethod
+    def make() -> Blocks:
+        ticker, widths = Ticker(), (1, 48, 32, 64, 32)
+        layers = [Blocked(a, b, ticker) for a, b in pairwise(widths)]
+        rest = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+        model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), *rest)
+        return Blocks(model, ticker, (torch.randn(8, 1, 8, 8), torch.arange(8)))
+
+    def trained(self, budget: cp.Budget, steps: int = 120) -> cp.Controller:
+        x, y = self.batch
+        optimizer = torch.optim.Adam(self.model.parameters())
+        controller = cp.attach(
+            self.model,
+            optimizer,
+            budget=budget,
+            example_inputs=(x,),
+            total_steps=steps,
+            instruments=cp.Instruments(clock=self.ticker),
+        )
+        for _ in range(steps):
+            loss = nn.functional.cross_entropy(self.model(x), y)
+            loss.backward()
+            optimizer.step()
+            controller.step(loss)
+            optimizer.zero_grad()
+        return controller
+
+    def seconds(self) -> float:
+        began = self.ticker.seconds
+        with torch.no_grad():
+            self.model(self.batch[0])
+        return self.ticker.seconds - began
 
 
 @pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
 def test_a_latency_in_stairs_is_met(target: float) -> None:
     """Widths stay at the ends of blocks (the tests' device works in blocks of 16), and fill the budget."""
-    ticker = Ticker()
-    layers = [
-        Blocked(1, 48, ticker),
-        Blocked(48, 32, ticker),
-        Blocked(32, 64, ticker),
-        Blocked(64, 32, ticker),
-    ]
-    rest = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
-    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), *rest)
-    x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
-    optimizer = torch.optim.Adam(model.parameters())
-    controller = cp.attach(
-        model,
-        optimizer,
-        budget=cp.Budget(latency=target),
-        example_inputs=(x,),
-        total_steps=120,
-        instruments=cp.Instruments(clock=ticker),
-    )
-    dense = timed(model, x, ticker)
-    for _ in range(120):
-        loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        controller.step(loss)
-        optimizer.zero_grad()
-    controller.finalize()
-    assert 0.92 * target <= timed(model, x, ticker) / dense <= 1.05 * target
-    assert all(layer.out_channels % 16 == 0 or layer.out_channels <= 4 for layer in layers)
+    net = Blocks.make()
+    dense = net.seconds()
+    net.trained(cp.Budget(latency=target)).finalize()
+    assert 0.92 * target <= net.seconds() / dense <= 1.05 * target
+    assert all(layer.out_channels % 16 == 0 for layer in net.model.modules() if isinstance(layer, Blocked))
 
 
-def timed(model: nn.Module, x: Tensor, ticker: Ticker) -> float:
-    began = ticker.seconds
-    with torch.no_grad():
-        model(x)
-    return ticker.seconds - began
+def test_less_than_a_block_of_each_is_refused_before_training() -> None:
+    """4 of 25 blocks are the least; a model that is even in the widths would promise a fiftieth."""
+    net = Blocks.make()
+    with pytest.raises(cp.InfeasibleBudget, match=r"latency <= .* 0\.1600 of dense up"):
+        net.trained(cp.Budget(latency=0.1))
+
+
+def test_a_latency_that_the_machine_no_longer_allows_is_said() -> None:
+    net = Blocks.make()
+    controller = net.trained(cp.Budget(latency="1 ms"))
+    net.ticker.slow = 4.0
+    with pytest.warns(UserWarning, match=r"finalize: latency is 0\.[56]\d* of dense, 0\.4 was asked"):
+        controller.finalize()
 
 
 def forward_seconds(run: Run) -> float:
