@@ -6,6 +6,7 @@ Per seed the controlled run comes first, with everything it computes counted (ab
 sum of FLOPs is then given to schedules fixed beforehand (schedules.py), which end at the uniform widths of
 the same budget; each has one time to choose, its start, and that is solved for the sum::
 
+    by value        the controlled run once more, with Control(keep="value"): its own sum
     one shot        the whole cut at once
     cubic, short    a cubic descent over a quarter of the run
     cubic, long     a cubic descent until three quarters of the run are over
@@ -27,9 +28,11 @@ import torch
 from baselines import controlled, dense, structure_of
 from measure import Results, bootstrap, paired
 from schedules import Cuts, Schedule, cubic, one_shot, training_share
+from torch import nn
 
 from controlprune.budget import Budget
 from controlprune.compare import accuracy, count_flops, train
+from controlprune.policies.control import Control
 from controlprune.report import results_table
 from controlprune.structure.groups import Structure
 from controlprune.tasks import Task, load
@@ -62,12 +65,14 @@ def schedules(structure: Structure, budget: float, share: float, steps: int) -> 
 
 def piece(task: Task, structure: Structure, budget: float, seed: int, steps: int) -> list[dict[str, Any]]:
     """One seed: all sides."""
-    side, controller = controlled(task, seed, Budget(flops=budget, train_flops=1.0), steps)
-    train([side], steps)
-    share = controller.cost()["train_flops"].fraction
-    controller.finalize()
     whole = count_flops(dense(task, seed).model, task.example(1))
-    models = {"closed loop": (side.model, share)}
+    models: dict[str, tuple[nn.Module, float]] = {}
+    for name, policy in {"closed loop": Control(), "closed loop, by value": Control(keep="value")}.items():
+        side, controller = controlled(task, seed, Budget(flops=budget, train_flops=1.0), steps, policy)
+        train([side], steps)
+        models[name] = (side.model, controller.cost()["train_flops"].fraction)
+        controller.finalize()
+    share = models["closed loop"][1]
     plain = dense(task, seed)
     train([plain], steps)
     models["dense"] = (plain.model, 1.0)

@@ -1,5 +1,16 @@
 """Caution: how far early values are believed, and how fast the allocation may move. Pure functions.
 
+**Order** (`by_norm`): v is how far the loss rises at once if one unit goes. A cut takes many units together
+and the rest of the run heals it, so v says what the n best units of a group are worth, and the norm ‖w_i‖ of
+what reads a unit which ones these are: active units get the values of their group in the order of ‖w_i‖. The
+norm is the first-order value with the whole run so far as its memory: under gradient flow, with the rate η,
+
+    d/dt ½‖w_i‖² = ⟨w_i, ẇ_i⟩ = −η ∂L/∂g_i
+
+where v knows a window of it, and a curvature that counts what other units and biases can take over. Equal
+norms, and dormant units, go by v. Only under a limit, which says how many go: a price alone is answered by
+every unit with its own v.
+
 **Stability**: mean over groups of Spearman's rank correlation of Σ g² between two disjoint windows of
 observations, over the active units. It is the evidence that a ranking is more than noise.
 
@@ -27,7 +38,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Values", "floors", "held", "margin_scale", "slew", "stability", "trusted"]
+__all__ = ["Values", "by_norm", "floors", "held", "margin_scale", "slew", "stability", "trusted"]
 
 Values = tuple[NDArray[np.float64], ...]
 
@@ -41,6 +52,15 @@ def stability(now: Tensor, before: Tensor, group: Tensor, on: Tensor) -> float:
             ranks = torch.stack([x[i].argsort().argsort().float() for x in (now, before)])
             found.append(float(torch.corrcoef(ranks)[0, 1]))
     return max(0.0, float(np.mean(found))) if found else 0.0
+
+
+def by_norm(values: Tensor, norms: Tensor, group: Tensor, on: Tensor) -> Tensor:
+    """The values of a group's active units, the largest to that of largest norm. Vectors over all units."""
+    v, place = values.numpy(), 2 * group.numpy() + on.numpy()
+    w = np.where(on.numpy(), norms.numpy(), 0.0)
+    out = np.empty_like(v)
+    out[np.lexsort((v, w, place))] = v[np.lexsort((v, place))]
+    return torch.from_numpy(out)
 
 
 def margin_scale(values: Values, prior: Values, even: Sequence[int]) -> float:

@@ -16,7 +16,8 @@ tracks it (back-calculation: a bumpless start), and takes over where the price i
 last word and the net the rest of the run to heal.
 
 An early value is a noisy one: values are shrunk towards the uniform allocation as far as their ranking is
-not stable, and at the budget few units move at a time (caution.py).
+not stable, which units of a group stay is said by the norm of their readers (`keep`), and at the budget few
+units move at a time (caution.py).
 
 The cut is made in stages. After the first, the units just switched off stay in the tensors for one update,
 masked, where they are observed for free and may come back; then the net shrinks, provided the time saved
@@ -49,7 +50,7 @@ from ..regulators.plan import Plan
 from ..structure.groups import widths_of
 from ..tradeoff import Solution
 from .base import Decision, Setting, Trial
-from .caution import stability
+from .caution import by_norm, stability
 from .cautious import Stand, allocate, believed, uniform_under
 from .pace import calibration_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
@@ -72,6 +73,7 @@ class Control:
     invert: bool = True
     learned: bool = True  # False: the second-order score without the gate network
     trust: float = 0.5  # most weight that values get against the uniform allocation
+    keep: Literal["norm", "value"] = "norm"  # which units of a group stay; see policies/caution.py
     start: float | Literal["budget"] | None = None  # fraction of dense to begin at; None: dense
     stages: int = 6  # steps of the reference on its way down
     update_every: int | None = None
@@ -100,6 +102,8 @@ class Control:
                 raise ValueError(f"{name}={value!r}: give a number >= 0")
         if not (self.start in (None, "budget") or _is_fraction(self.start)):
             raise ValueError(f'start={self.start!r}: give a fraction of dense in (0, 1], "budget" or None')
+        if self.keep not in ("norm", "value"):
+            raise ValueError(f'keep={self.keep!r}: give "norm" or "value"')
         if self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: give a number >= 1")
         if not (self.regulator == "auto" or isinstance(self.regulator, PI | LQR)):
@@ -345,7 +349,10 @@ class ControlLoop:
         setting, control = self.setting, self.control
         trust = control.trust * stability
         even = uniform_under(setting, limits)
-        v = self.gates.values(self.statistics(step, torch.cat(masks)))
+        known = self.statistics(step, torch.cat(masks))
+        v = self.gates.values(known)
+        if control.keep == "norm" and exact:
+            v = by_norm(v, known.weight, known.group, known.on)
         values, scale = believed(setting, v, trust, even)
         if not exact:
             self.prices.follow(scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from controlprune.budget import Budget, Price
 from controlprune.policies.base import Decision, Setting
+from controlprune.policies.caution import by_norm
 from controlprune.policies.control import Control, ControlLoop
 from controlprune.regulators.plan import Plan
 from controlprune.resources import exact_costs
@@ -41,11 +43,12 @@ def setting(budget: Budget | Price | None = None, total_steps: int = 100, seed: 
     )
 
 
-def seen(loop: ControlLoop, scale: Tensor, steps: int = 40) -> None:
+def seen(loop: ControlLoop, scale: Tensor, steps: int = 40, norms: Tensor | None = None) -> None:
     """Gate gradients of the given scales, mean zero."""
+    norms = torch.ones(sum(SIZES)) if norms is None else norms
     g = torch.Generator().manual_seed(0)
     for step in range(steps):
-        loop.observe(scale * torch.randn(sum(SIZES), generator=g), torch.ones(sum(SIZES)))
+        loop.observe(scale * torch.randn(sum(SIZES), generator=g), norms)
         loop.watch(step, 1.0)
 
 
@@ -78,6 +81,31 @@ def test_the_units_of_least_value_go() -> None:
     assert 0.48 <= setting().fraction("flops", widths) <= 0.5
     assert decision.reference == {"flops": 0.5}
     assert decision.price["flops"] > 0
+
+
+@pytest.mark.parametrize("keep", ["norm", "value"])
+def test_the_norm_of_its_readers_says_whether_a_unit_stays(keep: Literal["norm", "value"]) -> None:
+    """The values say how many, and which only where asked to."""
+    control = replace(QUICK, plan=SECOND, learned=False, dwell=0, keep=keep)
+    strong, worthy = torch.arange(sum(SIZES)) % 2 == 0, torch.arange(sum(SIZES)) % 2 == 1
+    loop, kept = control.begin(setting()), torch.cat(ones())
+    for step in (1, 2):
+        seen(loop, useful(*torch.nonzero(worthy).flatten().tolist()), norms=1.0 + strong)
+        kept = torch.cat(loop.decide(step, ones(), False).masks)
+    wanted = strong if keep == "norm" else worthy
+    for mask, best in zip(kept.split(list(SIZES)), wanted.split(list(SIZES)), strict=True):
+        assert (mask <= best).all() or (best <= mask).all()
+    assert 0 < kept.sum() < len(kept)
+
+
+def test_by_norm_hands_the_values_of_a_group_to_its_active_units() -> None:
+    values = torch.tensor([5.0, 1.0, 3.0, 2.0, 10.0, 20.0, 30.0])
+    norms = torch.tensor([1.0, 9.0, 4.0, 100.0, 7.0, 7.0, 1.0])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    on = torch.tensor([True, True, True, False, True, True, True])
+    found = by_norm(values, norms, group, on)
+    assert found.tolist() == [1.0, 5.0, 3.0, 2.0, 20.0, 30.0, 10.0]  # dormant: its own; equal norms: by value
+    assert by_norm(values, torch.ones(7), group, on).tolist() == values.tolist()
 
 
 def test_without_trust_the_widths_are_the_uniform_ones() -> None:
@@ -167,6 +195,17 @@ def test_under_a_price_units_worth_less_than_they_cost_go() -> None:
     assert [int(m.sum()) for m in dear.masks] == list(setting().floors)
     assert dear.reference == {}
     assert dear.price == {"flops": 1e3}
+
+
+def test_a_price_is_answered_by_every_unit_with_its_own_value() -> None:
+    """The norm says which units a limit leaves; under a price nothing says how many but the values."""
+    keepers = [*range(12), *range(32, 44)]
+    strong = 1.0 + torch.ones(sum(SIZES)).index_fill(0, torch.tensor(keepers), 0.0)
+    loop = replace(QUICK, learned=False, dwell=0).begin(setting(Price(flops=1.0)))
+    seen(loop, useful(*keepers), norms=strong)
+    kept = torch.cat(loop.decide(1, ones(), False).masks)
+    assert not kept.all()
+    assert kept[keepers].all()
 
 
 def test_trials_are_small_sets_of_live_units() -> None:
