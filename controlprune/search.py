@@ -1,7 +1,6 @@
 """The search over widths behind `tradeoff.solve`: balance, greedy steps, swaps, a window, finer steps.
 
-State is a rung of allowed widths per group. A move of group g from rung i to i ± 1 changes u units, the
-worth by ΔV and the resources by ΔC_k, evaluated at the present widths. With ΔN = ΔV − λ·ΔC:
+State is a rung of allowed widths per group; ΔV, ΔC_k, ΔN are what a move changes (space.py).
 
 - balance: rungs with ΔN per weighed ΔC ≥ t in every group, t bisected; ΔC re-evaluated a few times.
 - down, while a limit is exceeded: smallest ΔN per Σ_k ΔC_k / excess_k (over exceeded limits) first;
@@ -20,134 +19,21 @@ most 8 rungs a group), near it one. V is concave, so a block takes a prefix of e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
-from .cost.polynomial import Polynomial
+from .space import Array, Moves, Rungs, Space, moves_from, single
 
-__all__ = ["Search", "search", "shadow_prices"]
+__all__ = ["search"]
 
-Array = NDArray[np.float64]
-Rungs = NDArray[np.int64]
 LOOKAHEAD = 8  # rungs of a group one round may take
 SHARE = 1 / 8  # of the excess or slack one round may take
 CANDIDATES = 32  # moves of each direction that are paired in a swap
 WINDOW = 8192  # width vectors enumerated at once (fewer where the polynomials are long)
 ROUNDS = 6  # evaluations of the costs in `balance`
 WORK = 100_000  # width vectors × terms evaluated in one window
-
-
-@dataclass(frozen=True, eq=False)
-class Search:
-    """Allowed widths of all groups one after the other, V there, and the costs.
-
-    A state is `at`: [G], indices into `rungs`; those of group g are start[g] … start[g + 1] − 1.
-    """
-
-    rungs: Rungs  # allowed widths, ascending in each group
-    worth: Array  # V_g at them
-    start: Rungs  # [G + 1]
-    curves: tuple[Array, ...]  # V_g(0 … N_g)
-    costs: tuple[Polynomial, ...]
-    limits: Array
-    prices: Array
-    dense: Array
-    tolerance: Array | float  # of dense, per resource
-
-    @staticmethod
-    def of(
-        ladders: Sequence[Rungs],
-        curves: Sequence[Array],
-        costs: tuple[Polynomial, ...],
-        limits: Array,
-        prices: Array,
-        dense: Array,
-        tolerance: Array | float,
-    ) -> Search:
-        worth = [curve[rungs] for rungs, curve in zip(ladders, curves, strict=True)]
-        return Search(
-            rungs=np.concatenate(ladders),
-            worth=np.concatenate(worth),
-            start=np.cumsum([0, *map(len, ladders)]),
-            curves=tuple(curves),
-            costs=costs,
-            limits=limits,
-            prices=prices,
-            dense=dense,
-            tolerance=tolerance,
-        )
-
-    @property
-    def ladders(self) -> list[Rungs]:
-        return np.split(self.rungs, self.start[1:-1])
-
-    @property
-    def bottom(self) -> Rungs:
-        return self.start[:-1]
-
-    @property
-    def top(self) -> Rungs:
-        return self.start[1:] - 1
-
-    def nearest(self, widths: Rungs) -> Rungs:
-        """The state with these widths, or the next ones above."""
-        places = [np.searchsorted(rungs, n) for rungs, n in zip(self.ladders, widths, strict=True)]
-        return np.minimum(self.bottom + np.array(places, dtype=np.int64), self.top)
-
-    def resources(self, at: Rungs) -> Array:
-        return np.array([cost.value(self.rungs[at]) for cost in self.costs])
-
-    def landed(self, resources: Array) -> NDArray[np.bool_]:
-        """[…, K] -> […]: near enough under some limit (always, where a price decides)."""
-        if self.prices.any() or np.isinf(self.limits).all():
-            return np.ones(resources.shape[:-1], dtype=bool)
-        return np.asarray((resources >= self.limits - self.tolerance * self.dense).any(axis=-1))
-
-    def rank(self, at: Rungs) -> tuple[bool, float]:
-        resources = self.resources(at)
-        return bool(self.landed(resources)), float(self.worth[at].sum() - self.prices @ resources)
-
-
-@dataclass(frozen=True, eq=False)
-class _Moves:
-    """Moves by 1 … M rungs from one state, one direction: [G, M]; where there is none, `units` is 0."""
-
-    units: Rungs  # units taken on or off
-    value: Array  # |ΔV|
-    cost: Array  # |ΔC_k| of the whole move, [K, G, M]
-
-    def net(self, prices: Array) -> Array:
-        return self.value - np.tensordot(prices, self.cost, axes=1)
-
-
-def _moves(space: Search, at: Rungs, sign: int, reach: int, exact: int = 1) -> _Moves:
-    """`exact`: up to how many rungs the cost is evaluated and not extrapolated from one rung."""
-    there = at[:, None] + sign * np.arange(1, reach + 1)
-    exists = (there <= space.top[:, None]) & (there >= space.bottom[:, None])
-    there = np.where(exists, there, at[:, None])
-    here = space.rungs[at]
-    units = np.abs(space.rungs[there] - here[:, None])
-    value = np.abs(space.worth[there] - space.worth[at][:, None])
-    per_unit = np.zeros((len(space.costs), len(at), reach))
-    for j in range(reach):
-        if j >= exact:
-            per_unit[:, :, j] = per_unit[:, :, exact - 1]
-            continue
-        saved = np.stack([cost.marginals(here, -sign * units[:, j]) for cost in space.costs])
-        per_unit[:, :, j] = np.abs(saved) / np.maximum(units[:, j], 1)
-    return _Moves(units, value, per_unit * units)
-
-
-def _single(moves: _Moves, prices: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Rung by rung instead of cumulative: (net, cost [K, …], exists), each [G, M]."""
-    net = np.diff(moves.net(prices), axis=1, prepend=0.0)
-    cost = np.diff(moves.cost, axis=2, prepend=0.0)
-    exists = np.diff(moves.units, axis=1, prepend=0) > 0
-    return net, cost, exists
 
 
 def _block(score: Array, burden: Array, possible: NDArray[np.bool_]) -> Rungs:
@@ -158,7 +44,7 @@ def _block(score: Array, burden: Array, possible: NDArray[np.bool_]) -> Rungs:
     return np.bincount(ranked[:count] // score.shape[1], minlength=len(score)).astype(np.int64)
 
 
-def balance(space: Search) -> Rungs:
+def balance(space: Space) -> Rungs:
     """Near the best state, from the first-order condition alone: ΔV per unit ≥ t c_g in every group.
 
     c_g weighs the resources by how much of their limits they use; t is bisected until the limits hold,
@@ -186,7 +72,7 @@ def balance(space: Search) -> Rungs:
     return at
 
 
-def _threshold(space: Search, score: Array) -> Rungs:
+def _threshold(space: Space, score: Array) -> Rungs:
     """The state of all rungs with score ≥ t, for the least t ≥ 0 that meets every limit."""
 
     def state(t: float) -> Rungs:
@@ -204,11 +90,11 @@ def _threshold(space: Search, score: Array) -> Rungs:
     return state(ladder[high]) if high < len(ladder) else space.bottom
 
 
-def down(space: Search, at: Rungs) -> Rungs:
+def down(space: Space, at: Rungs) -> Rungs:
     """Give up rungs until every limit is met and no rung costs more than it is worth."""
     while True:
         excess = space.resources(at) - space.limits
-        net, cost, exists = _single(_moves(space, at, -1, LOOKAHEAD), space.prices)
+        net, cost, exists = single(moves_from(space, at, -1, LOOKAHEAD), space.prices)
         over = excess > 0
         if over.any():
             burden = np.tensordot(1 / excess[over], cost[over], axes=1)
@@ -222,11 +108,11 @@ def down(space: Search, at: Rungs) -> Rungs:
         at = at - _block(score, burden, possible)
 
 
-def up(space: Search, at: Rungs) -> Rungs:
+def up(space: Space, at: Rungs) -> Rungs:
     """Take on rungs while one fits and is worth its price."""
     while True:
         slack = space.limits - space.resources(at)
-        net, cost, exists = _single(_moves(space, at, 1, LOOKAHEAD), space.prices)
+        net, cost, exists = single(moves_from(space, at, 1, LOOKAHEAD), space.prices)
         fits = (cost <= np.maximum(slack, 0)[:, None, None]).all(axis=0)
         possible = exists & (net >= 0) & np.logical_and.accumulate(fits, axis=1)
         if not possible.any():
@@ -242,9 +128,9 @@ def up(space: Search, at: Rungs) -> Rungs:
         at = block
 
 
-def swap(space: Search, at: Rungs) -> Rungs | None:
+def swap(space: Space, at: Rungs) -> Rungs | None:
     """The best exchange of one group's rungs for another's, or None."""
-    rise, fall = _moves(space, at, 1, 2, exact=2), _moves(space, at, -1, 4, exact=4)
+    rise, fall = moves_from(space, at, 1, 2, exact=2), moves_from(space, at, -1, 4, exact=4)
     slack = space.limits - space.resources(at)
     scale = 1 / np.where(np.isfinite(space.limits), np.maximum(space.limits, 1), np.inf)
     ups = _promising(rise, space.prices, scale, best=True)
@@ -265,7 +151,7 @@ def swap(space: Search, at: Rungs) -> Rungs | None:
     return out
 
 
-def _promising(moves: _Moves, prices: Array, scale: Array, best: bool) -> NDArray[np.intp]:
+def _promising(moves: Moves, prices: Array, scale: Array, best: bool) -> NDArray[np.intp]:
     """Flat indices of the moves with the most (or least) net value per share of the limits."""
     exists = np.flatnonzero(moves.units)
     cost = np.tensordot(scale, moves.cost, axes=1).ravel()[exists]
@@ -273,7 +159,7 @@ def _promising(moves: _Moves, prices: Array, scale: Array, best: bool) -> NDArra
     return exists[np.argsort(-score if best else score, kind="stable")[:CANDIDATES]]
 
 
-def window(space: Search, at: Rungs, *, fullest: bool = False) -> Rungs:
+def window(space: Space, at: Rungs, *, fullest: bool = False) -> Rungs:
     """The best state within a window of rungs around `at` (all of the space, if it is small).
 
     `fullest`: where none lands, of those that use the most.
@@ -306,25 +192,25 @@ def window(space: Search, at: Rungs, *, fullest: bool = False) -> Rungs:
     return out
 
 
-def _room(space: Search) -> int:
+def _room(space: Space) -> int:
     """How many width vectors may be enumerated at once."""
     terms = sum(len(cost.coefficients) for cost in space.costs)
     return min(WINDOW, max(243, WORK // max(1, terms)))
 
 
-def _marginal_groups(space: Search, at: Rungs, room: int) -> NDArray[np.intp]:
+def _marginal_groups(space: Space, at: Rungs, room: int) -> NDArray[np.intp]:
     """Groups to enumerate: all, or those with the cheapest next rung down and the best one up."""
     if len(at) * np.log(3) <= np.log(room):
         return np.arange(len(at))
     most = 6 if room >= 3**6 else 4
     scale = 1 / space.dense
-    downs = _promising(_moves(space, at, -1, 1), space.prices, scale, best=False)
-    ups = _promising(_moves(space, at, 1, 1), space.prices, scale, best=True)
+    downs = _promising(moves_from(space, at, -1, 1), space.prices, scale, best=False)
+    ups = _promising(moves_from(space, at, 1, 1), space.prices, scale, best=True)
     both = [g for pair in zip_longest(downs, ups) for g in pair if g is not None]
     return np.array(sorted(dict.fromkeys(both[:most])), dtype=np.intp)
 
 
-def polish(space: Search, at: Rungs) -> Rungs:
+def polish(space: Space, at: Rungs) -> Rungs:
     """Fill, swap while it gains, then enumerate windows while that gains."""
     at = up(space, at)
     for _ in range(2 * CANDIDATES):
@@ -340,7 +226,7 @@ def polish(space: Search, at: Rungs) -> Rungs:
     return at
 
 
-def search(space: Search, current: Rungs, coarsest: int, grains: Sequence[int]) -> tuple[Search, Rungs]:
+def search(space: Space, current: Rungs, coarsest: int, grains: Sequence[int]) -> tuple[Space, Rungs]:
     """The best state found, and the search space with the rungs that were added on the way.
 
     Finer rungs are multiples of `grains`, one per group.
@@ -363,7 +249,7 @@ def search(space: Search, current: Rungs, coarsest: int, grains: Sequence[int]) 
     return space, at
 
 
-def _finer(space: Search, widths: Rungs, step: int, grains: Sequence[int]) -> Search:
+def _finer(space: Space, widths: Rungs, step: int, grains: Sequence[int]) -> Space:
     """Rungs at multiples of `step`, and of the grain, between each width and the rung above it."""
     ladders = []
     for rungs, n, grain in zip(space.ladders, widths, grains, strict=True):
@@ -371,18 +257,18 @@ def _finer(space: Search, widths: Rungs, step: int, grains: Sequence[int]) -> Se
         above = rungs[rungs > n][:1]
         between = [np.arange(n - n % fine + fine, m, fine) for m in above]
         ladders.append(np.unique(np.concatenate([rungs, *between])))
-    return Search.of(
+    return Space.of(
         ladders, space.curves, space.costs, space.limits, space.prices, space.dense, space.tolerance
     )
 
 
-def _last_move(space: Search, at: Rungs) -> Rungs:
+def _last_move(space: Space, at: Rungs) -> Rungs:
     """Single groups up by finer steps, most valuable first, only until the limit is near enough."""
     for _ in range(len(at)):
         resources = space.resources(at)
         if space.landed(resources):
             return at
-        moves = _moves(space, at, 1, LOOKAHEAD, exact=LOOKAHEAD)
+        moves = moves_from(space, at, 1, LOOKAHEAD, exact=LOOKAHEAD)
         after = resources[:, None, None] + moves.cost
         fits = (moves.units > 0) & (after <= space.limits[:, None, None]).all(axis=0)
         if not fits.any():
@@ -394,27 +280,3 @@ def _last_move(space: Search, at: Rungs) -> Rungs:
         at = at.copy()
         at[g] += j + 1
     return at
-
-
-def shadow_prices(space: Search, at: Rungs) -> Array:
-    """Loss per unit of each binding resource at the margin: `ΔN_g ≈ Σ_k λ_k ΔC_k` over the next moves.
-
-    Non-negative least squares over groups that could move both ways (any way, if there is none), each
-    row divided by its cost; 0 for a resource whose limit would let every next rung up pass.
-    """
-    rise, fall = _moves(space, at, 1, 1), _moves(space, at, -1, 1)
-    slack = space.limits - space.resources(at)
-    binding = (rise.cost[:, :, 0] > slack[:, None]).any(axis=1)
-    out = np.zeros(len(space.costs))
-    if not binding.any():
-        return out
-    can = [moves.units[:, 0] > 0 for moves in (rise, fall)]
-    inner = can[0] & can[1]
-    rows = [(m, inner if inner.any() else c) for m, c in zip((rise, fall), can, strict=True)]
-    worth = np.concatenate([moves.net(space.prices)[use, 0] for moves, use in rows])
-    use = np.concatenate([moves.cost[binding][:, use, 0].T for moves, use in rows])
-    scale = 1 / space.dense[binding]
-    weight = np.maximum(use @ scale, 1e-300)
-    solution, _ = nnls(use * scale / weight[:, None], np.maximum(worth, 0) / weight)
-    out[binding] = solution * scale
-    return out

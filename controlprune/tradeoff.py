@@ -27,10 +27,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from .allocation import feasible_range, ladder, prior_values, require_feasible, uniform
 from .cost.polynomial import Polynomial
-from .search import Search, search, shadow_prices
+from .search import search
+from .space import Array, Rungs, Space, moves_from
 
 __all__ = ["Problem", "Solution", "feasible_range", "prior_values", "solve", "uniform"]
 
@@ -115,7 +117,7 @@ def solve(problem: Problem) -> Solution:
     relaxed = any(c.value(narrowest) > r for c, r in zip(problem.costs, problem.limits, strict=True))
     if relaxed:
         groups = [_ordered(problem, g, False) for g in range(len(problem.values))]
-    space = Search.of(
+    space = Space.of(
         ladders=[group.rungs for group in groups],
         curves=[group.worth for group in groups],
         costs=problem.costs,
@@ -136,7 +138,7 @@ def solve(problem: Problem) -> Solution:
         masks=masks,
         widths=tuple(int(n) for n in widths),
         costs=costs,
-        prices=problem.prices + shadow_prices(space, at),
+        prices=problem.prices + _shadow_prices(space, at),
         objective=kept - float(problem.prices @ costs),
         ranges=ranges,
         relaxed=relaxed,
@@ -163,3 +165,27 @@ def _mask(order: NDArray[np.intp], width: int) -> Bools:
     mask = np.zeros(len(order), dtype=bool)
     mask[order[:width]] = True
     return mask
+
+
+def _shadow_prices(space: Space, at: Rungs) -> Array:
+    """Loss per unit of each binding resource at the margin: `ΔN_g ≈ Σ_k λ_k ΔC_k` over the next moves.
+
+    Non-negative least squares over groups that could move both ways (any way, if there is none), each
+    row divided by its cost; 0 for a resource whose limit would let every next rung up pass.
+    """
+    rise, fall = moves_from(space, at, 1, 1), moves_from(space, at, -1, 1)
+    slack = space.limits - space.resources(at)
+    binding = (rise.cost[:, :, 0] > slack[:, None]).any(axis=1)
+    out = np.zeros(len(space.costs))
+    if not binding.any():
+        return out
+    can = [moves.units[:, 0] > 0 for moves in (rise, fall)]
+    inner = can[0] & can[1]
+    rows = [(m, inner if inner.any() else c) for m, c in zip((rise, fall), can, strict=True)]
+    worth = np.concatenate([moves.net(space.prices)[use, 0] for moves, use in rows])
+    use = np.concatenate([moves.cost[binding][:, use, 0].T for moves, use in rows])
+    scale = 1 / space.dense[binding]
+    weight = np.maximum(use @ scale, 1e-300)
+    solution, _ = nnls(use * scale / weight[:, None], np.maximum(worth, 0) / weight)
+    out[binding] = solution * scale
+    return out
