@@ -198,7 +198,7 @@ class Reference:
 
     def _learned(self, name: str, r: float) -> bool:
         """Is the limit of the modelled use another one than at the last solution?"""
-        return abs(self._model(name, r) / self._limits[name] - 1.0) > LEARNED
+        return name not in self._limits or abs(self._model(name, r) / self._limits[name] - 1.0) > LEARNED
 
     def solved(self, asked: Mapping[str, float]) -> None:
         self._solved = dict(asked)
