@@ -6,8 +6,9 @@ that others use too slows both alike::
 
     y = t(live) / t(dense copy)            where the limit is a fraction of dense
     y = t(live) / T_dense                  where it is an amount: seconds are seconds
-    relative error = √(spread_live² + spread_dense²) / √rounds
+    relative error = BURSTS √(spread_live² + spread_dense²) / √rounds
 
+(BURSTS: what else runs on the machine lasts for several rounds, so they do not err apart.)
 Joules are taken as power × time, the power that of the dense model (cost/energy.py).
 Nothing of the model changes: modes, buffers and random state come back (structure/trace.py).
 """
@@ -31,6 +32,7 @@ __all__ = ["Gauge", "Reading"]
 
 log = logging.getLogger("controlprune")
 SHORT, LONG = 0.2, 2.0  # seconds of one measurement, at least and at most
+BURSTS = 3.0  # a guess
 FORWARDS = 40  # dense ones that it should have time for
 
 
@@ -71,7 +73,7 @@ class Gauge:
         for name in self.resources:
             whole = dense.median if self._relative[name] and dense is not None else self.seconds
             noise = math.hypot(live.spread, dense.spread if dense is not None else 0.0)
-            spread = noise / math.sqrt(live.rounds)
+            spread = BURSTS * noise / math.sqrt(live.rounds)
             beside = dense.runs if dense is not None else 0
             found[name] = Reading(live.median / whole, spread, live.runs, beside)
         return found

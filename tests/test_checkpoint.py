@@ -180,10 +180,10 @@ CORRUPT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "other policy": (set_to("policy", value="Other"), "under the policy Other, this controller's is Control"),
     "no plant": (lambda s: s.pop("plant"), "incomplete, plant missing"),
     "no history": (lambda s: s.pop("history"), "incomplete, history missing"),
-    "no moments": (lambda s: s["loop"].pop("moments"), "corrupt"),
+    "no moments": (lambda s: s["loop"]["units"].pop("moments"), "corrupt"),
     "no gates": (lambda s: s["loop"].pop("gates"), "corrupt"),
-    "moments cut short": (set_to("loop", "moments", "first", value=torch.zeros(3)), "corrupt"),
-    "window cut short": (set_to("loop", "window", value=torch.zeros(2, 3)), "corrupt"),
+    "moments cut short": (set_to("loop", "units", "moments", "first", value=torch.zeros(3)), "corrupt"),
+    "window cut short": (set_to("loop", "units", "window", value=torch.zeros(2, 3)), "corrupt"),
     "gates of another net": (set_to("loop", "gates", "net", value={}), "corrupt"),
     "rows of others": (set_to("history", "sizes", value=[1, 2]), "corrupt"),
     "masks are gone": (lambda s: s["plant"].pop("mask/0"), "corrupt"),
@@ -222,7 +222,7 @@ def test_a_state_that_is_not_this_controllers_is_refused_whole(name: str, good_s
 def test_a_state_that_was_changed_on_its_way(good_state: dict[str, Any]) -> None:
     fresh = rig(seed=1, total_steps=60)
     before, own = bits(fresh.model, fresh.optimizer), still(fresh.controller)
-    for change in (set_to("loss", value=0.5), lambda s: s["loop"]["moments"]["first"].mul_(2.0)):
+    for change in (set_to("loss", value=0.5), lambda s: s["loop"]["units"]["moments"]["first"].mul_(2.0)):
         state = copy.deepcopy(good_state)
         change(state)
         with pytest.raises(ValueError, match=r"state_dict: .*corrupt.*checksum does not match"):

@@ -205,7 +205,7 @@ def inject(run: Run, fault: str) -> None:
         mask[on], mask[off] = False, True
         run.controller.set_masks({name: mask})
     elif fault == "statistics":
-        loop.moments.first[3] += 1e-6
+        loop.units.moments.first[3] += 1e-6
     else:
         loop.random.manual_seed(5)
 
@@ -433,13 +433,14 @@ def test_two_ranks_see_what_one_process_with_both_batches_sees(rank: int, loss: 
     one, two = forced(rank, "one", loss), forced(rank, "two", loss)
     assert two._replicas.repairs == 0
     a, b = one._loop, two._loop
-    assert a.batch == b.batch == 16
+    assert a.units.batch == b.units.batch == 16
     assert len(b.gates.table) > 8
     on = torch.cat(one._plant.masks)
     pairs = {
-        "moments": (a.moments.first, b.moments.first, 2e-4),
-        "squares": (a.moments.second, b.moments.second, 2e-4),
-        "window": (a.window.float(), b.window.float(), 2**-7),  # kept in bfloat16, as is the table
+        "moments": (a.units.moments.first, b.units.moments.first, 2e-4),
+        "squares": (a.units.moments.second, b.units.moments.second, 2e-4),
+        # kept in bfloat16, as is the table
+        "window": (a.units.window.float(), b.units.window.float(), 2**-7),
         "experiments": (a.gates.table.float(), b.gates.table.float(), 2**-7),
         "values": (a.gates.values(a.statistics(72, on)), b.gates.values(b.statistics(72, on)), 1e-2),
     }

@@ -142,8 +142,8 @@ def same_as_one_process(shard: Shard, optimizer: str = "adamw", parts: int = 1, 
     assert any(not mask.all() for mask in one.controller.masks.values())
     assert any(sum(row.on) for row in one.controller.history)
     ours, theirs = one.controller._loop, many.controller._loop
-    torch.testing.assert_close(ours.moments.first, theirs.moments.first, rtol=1e-5, atol=1e-8)
-    torch.testing.assert_close(ours.moments.second, theirs.moments.second, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(ours.units.moments.first, theirs.units.moments.first, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(ours.units.moments.second, theirs.units.moments.second, rtol=1e-5, atol=1e-8)
     states = everywhere(digest([dict(many.controller.masks), theirs.state_dict()]))
     assert all(state == states[0] for state in states)
     small, gathered = one.controller.finalize(), many.controller.finalize(into=net())
@@ -259,7 +259,7 @@ def test_ranks_that_do_not_agree_stop(rank: int) -> None:
     run = Run(by_layer)
     run.train(8)
     if rank == 1:
-        run.controller._loop.moments.first[3] += 1e-6
+        run.controller._loop.units.moments.first[3] += 1e-6
     with pytest.raises(RuntimeError, match=r"step 12: the ranks that hold the shards do not agree"):
         run.train(4)
 

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from ..gates import Experiment, GateController, Statistics
-from ..observe import LossTrend, Moments, fisher, observe, start_moments, track_loss
+from ..observe import LossTrend, track_loss
 from ..regulators.lqr import LQR
 from ..regulators.mpc import Horizon
 from ..regulators.observer import Observer
@@ -50,15 +50,14 @@ from ..regulators.plan import Plan
 from ..structure.groups import widths_of
 from ..tradeoff import Solution
 from .base import Decision, Setting, Trial
-from .caution import by_norm, stability
+from .caution import by_norm
 from .cautious import Stand, allocate, believed, uniform_under
 from .pace import calibration_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
 from .reference import Reference
+from .units import UnitRecord
 
 __all__ = ["Control", "ControlLoop"]
-
-OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
 
 
 @dataclass(frozen=True)
@@ -123,19 +122,11 @@ class ControlLoop:
 
     def __init__(self, control: Control, setting: Setting) -> None:
         self.control, self.setting = control, setting
-        sizes = setting.structure.sizes
-        units = sum(sizes)
         self.update_every = control.update_every or min(200, max(1, setting.total_steps // 60))
         self.observe_every = control.observe_every or observation_spacing(setting)
         self.calibrate_every = _calibrate_every(control, setting, self.update_every)
         memory = min(500.0, max(20.0, 0.05 * setting.total_steps / self.observe_every))
-        self.decay = 1.0 - 1.0 / memory
-        self.batch = setting.batch
-        self.moments = start_moments(units)
-        # Σ g² of the running and of the last window; its rounding is far under its sampling error
-        self.window = torch.zeros(2, units, dtype=torch.bfloat16)
-        self.weights: Tensor | None = None  # known from the norms' arrival to the next decision
-        self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
+        self.units = UnitRecord(setting, memory, self.update_every)
         self.trend = LossTrend()
         self.gates = GateController(seed=setting.seed)
         self.reference = Reference(control.plan, control.stages, control.observer, setting)
@@ -199,40 +190,17 @@ class ControlLoop:
     # --- observer -------------------------------------------------------------------------------
 
     def see_batch(self, examples: int) -> None:
-        """How many examples a mini-batch of the training holds: the scale between variance and Fisher."""
-        self.batch = max(1, examples)
+        """How many examples a mini-batch of the training holds."""
+        self.units.batch = max(1, examples)
 
     def observe(self, gradients: Tensor, weights: Tensor) -> None:
-        self.moments = observe(self.moments, gradients, self.decay)
-        self.window[0] += torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0) ** 2
-        self.weights = weights if bool(weights.isfinite().all()) else self.weights
+        self.units.observe(gradients, weights)
 
     def watch(self, step: int, loss: float) -> None:
         self.trend = track_loss(self.trend, loss, self.setting.total_steps)
 
     def statistics(self, step: int, on: Tensor) -> Statistics:
-        mean, curvature = fisher(self.moments, self.decay, self.batch)
-        horizon = max(1, self.setting.total_steps)
-        age = (self.age.float() * self.update_every / horizon).clamp_max(1.0)
-        weights = torch.ones(len(on)) if self.weights is None else self.weights
-        return Statistics(
-            mean, curvature, weights, self._marginal_costs(on), age, on, self._group(),
-            self.trend.slope, min(1.0, step / horizon),
-        )  # fmt: skip
-
-    def _group(self) -> Tensor:
-        """The number of each unit's group."""
-        sizes = torch.tensor(self.setting.structure.sizes)
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-
-    def _marginal_costs(self, on: Tensor) -> Tensor:
-        """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
-        widths = widths_of(torch.split(on, list(self.setting.structure.sizes)))
-        one = np.ones(len(widths))
-        total = np.zeros(len(widths))
-        for name, cost in self.setting.costs.items():
-            total += cost.marginals(widths, one) / self.setting.dense[name]
-        return torch.from_numpy(total).float()[self._group()]
+        return self.units.statistics(self.setting, step, on, self.trend.slope)
 
     # --- gate controller ------------------------------------------------------------------------
 
@@ -262,9 +230,9 @@ class ControlLoop:
     def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
         revises = self._revises()
         self.updates += 1
-        self.age = (self.age + 1).clamp_max(OLD)
+        self.units.grow_older()
         progress = step / self.setting.total_steps
-        stability = self._stability(torch.cat(masks))
+        stability = self.units.stability(torch.cat(masks))
         self.reference.advance(progress, self.trend, stability)
         asked = self.reference.asked(progress)
         limits = self.reference.modelled(asked)
@@ -287,9 +255,9 @@ class ControlLoop:
         if self.reference.met(widths_of(masks)):
             return Decision(masks, True, reference, self._price())
         step = self.setting.total_steps
-        self.age.fill_(OLD)  # no dwell, no slew: the budget comes first
+        self.units.let_go()  # no dwell, no slew: the budget comes first
         self.reference.at_budget = False
-        stability = self._stability(torch.cat(masks))
+        stability = self.units.stability(torch.cat(masks))
         solution = self._solve(step, masks, stability, self.reference.modelled(reference), exact=True)
         self._regulate(reference, solution, exact=True)
         return self._answer(step, masks, False, reference, solution)
@@ -323,18 +291,13 @@ class ControlLoop:
     def _hold(
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
-        self.weights = None
         shrinks = self.control.shrink and (compact or self._pays(step, widths_of(masks)))
+        now = torch.cat(masks)
+        self.units.decided(now, now)
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
         return self.prices.now() | dict(self.setting.prices)
-
-    def _stability(self, on: Tensor) -> float:
-        """Of the values, between the running window and the last; then the running one becomes the last."""
-        now, before = self.window.float()
-        self.window = torch.stack([torch.zeros_like(self.window[0]), self.window[0]])
-        return stability(now, before, self._group(), on)
 
     def _solve(
         self,
@@ -358,7 +321,7 @@ class ControlLoop:
             self.prices.follow(scale)
         stand = Stand(
             masks=masks,
-            young=torch.split(self.age < control.dwell, list(setting.structure.sizes)),
+            young=self.units.split(self.units.age < control.dwell),
             trust=trust,
             at_budget=self.reference.at_budget,
             hysteresis=control.hysteresis,
@@ -375,8 +338,7 @@ class ControlLoop:
     ) -> Decision:
         masks = tuple(torch.from_numpy(np.array(m)) for m in solution.masks)
         was, now = torch.cat(before), torch.cat(masks)
-        self.weights = None
-        self.age = self.age.masked_fill(was != now, 0)
+        self.units.decided(was, now)
         news = bool((was & ~now).any())
         settled = self.watching or not news  # they have had their update under observation, or there are none
         shrinks = self.control.shrink and (compact or (settled and self._pays(step, solution.widths)))
@@ -404,9 +366,8 @@ class ControlLoop:
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
-        state |= {name: getattr(self, name).clone() for name in _TENSORS}
         return state | {
-            "moments": vars(self.moments) | {},
+            "units": self.units.state_dict(),
             "trend": vars(self.trend) | {},
             "reference": self.reference.state_dict(),
             "prices": self.prices.state_dict(),
@@ -417,9 +378,7 @@ class ControlLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _PLAIN:
             setattr(self, name, state[name])
-        for name in _TENSORS:
-            setattr(self, name, _like(state[name], getattr(self, name)))
-        self.moments = Moments(**{k: _like(state["moments"][k], v) for k, v in vars(self.moments).items()})
+        self.units.load_state_dict(state["units"])
         self.trend = LossTrend(**state["trend"])
         self.reference.load_state_dict(state["reference"])
         self.prices.load_state_dict(state["prices"])
@@ -427,16 +386,7 @@ class ControlLoop:
         self.random.set_state(state["random"])
 
 
-_TENSORS = ("window", "age")
-_PLAIN = ("batch", "retargeted", "updates", "watching")
-
-
-def _like(value: Tensor, present: Tensor) -> Tensor:
-    if value.shape != present.shape or value.dtype != present.dtype:
-        raise ValueError(
-            f"a vector of {tuple(value.shape)} {value.dtype} where {tuple(present.shape)} belongs"
-        )
-    return value
+_PLAIN = ("retargeted", "updates", "watching")
 
 
 def _is_fraction(value: object) -> bool:

@@ -43,7 +43,7 @@ MISSED = 0.05  # of a run total's limit
 SURE = 3  # updates in a row
 NEAR = 0.05  # of a dense step
 LEARNED = 0.01  # of a modelled limit
-NOISE, UNDER = 0.02, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
+NOISE, UNDER = 0.03, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
 
 
 class Reference:

@@ -277,8 +277,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(spoil: Callable[..., T
     assert "10 steps in a row were not observed" in told[0]
     assert all(torch.equal(before[n], m) for n, m in run.controller.masks.items())
     after = run.controller.state_dict()
-    for key, vector in state["loop"]["moments"].items():
-        assert torch.equal(vector, after["loop"]["moments"][key])
+    for key, vector in state["loop"]["units"]["moments"].items():
+        assert torch.equal(vector, after["loop"]["units"]["moments"][key])
     if spoil is spoil_loss:
         assert after["loop"]["trend"] == state["loop"]["trend"]
     assert len(after["history"]["rows"]) == len(state["history"]["rows"])
@@ -297,10 +297,10 @@ def test_a_streak_ends_with_a_good_step() -> None:
 def test_a_skipped_optimizer_step_is_a_skipped_observation() -> None:
     run = rig(total_steps=60)
     run.train(0, 4)
-    observed = run.controller.state_dict()["loop"]["moments"]["count"]
+    observed = run.controller.state_dict()["loop"]["units"]["moments"]["count"]
     run.controller.step(torch.tensor(1.0))  # optimizer.step() did not run
     assert run.controller.skipped == 1
-    assert torch.equal(run.controller.state_dict()["loop"]["moments"]["count"], observed)
+    assert torch.equal(run.controller.state_dict()["loop"]["units"]["moments"]["count"], observed)
 
 
 def test_past_the_horizon_one_warning_and_training_goes_on() -> None:

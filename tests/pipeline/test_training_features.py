@@ -222,8 +222,8 @@ def test_bfloat16_parameters_with_float32_state(layout: str) -> None:
     after = parked()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     loop = controller.state_dict()["loop"]
-    assert all(m.dtype == torch.float32 for k, m in loop["moments"].items() if k != "count")
-    assert bool(loop["moments"]["first"].any())
+    assert all(m.dtype == torch.float32 for k, m in loop["units"]["moments"].items() if k != "count")
+    assert bool(loop["units"]["moments"]["first"].any())
 
 
 def test_bfloat16_parameters_to_the_end() -> None:
@@ -261,7 +261,7 @@ def test_gradient_accumulation_is_one_observation_of_the_whole_batch() -> None:
         torch.manual_seed(0)
         model = build().eval()  # no dropout: both see the same function
         runs.append(train(attached(model, adam(model.parameters()), shape), update, steps=3))
-    moments = [run.controller.state_dict()["loop"]["moments"] for run in runs]
+    moments = [run.controller.state_dict()["loop"]["units"]["moments"] for run in runs]
     torch.testing.assert_close(moments[0], moments[1], rtol=1e-3, atol=1e-7)
     assert_small(train(runs[0], halves, steps=STEPS - 3))
 
