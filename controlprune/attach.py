@@ -56,9 +56,10 @@ def attach(
     a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
     `round_to`: width multiple; None: what the device was measured to run well (rounding.py). `park_on`: the
     device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
-    None: where they are. Nothing of the model or the optimizer is changed before the first decision.
-    Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range that can be
-    reached.
+    None: where they are. Where latency, energy or time is under budget, the C library keeps up to 62 MiB of
+    freed memory from here on (cost/timing.py). Nothing of the model or the optimizer is changed before the
+    first decision. Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range
+    that can be reached.
     """
     policy = Control() if policy is None else policy
     given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
@@ -73,25 +74,19 @@ def attach(
         traced = trace(model, example_inputs, ignored_layers=ignored_layers)
     structure = traced.structure
     _check_optimizer_covers(model, optimizer, structure)
-    known = round_to is not None or sharded
-    timed = not MEASURED.isdisjoint(_named(budget))
+    named, measures = _named(budget), round_to is None and not sharded
+    timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, {"latency", "energy"}))
     if timed:
         settle_heap()
-    apart = deploy_inputs is not None and not {"latency", "energy"}.isdisjoint(_named(budget))
-    deployed = _deployed(structure, model, deploy_inputs, ignored_layers) if apart else None
-    multiples = () if known else group_multiples(structure, dict(model.named_parameters()), timed=timed)
+    multiples = group_multiples(structure, dict(model.named_parameters()), timed=timed) if measures else ()
     steps = Steps.of(structure, round_to, multiples, timed=timed)
-    bench = Bench(
-        model,
-        optimizer,
-        example_inputs,
-        example_inputs if deploy_inputs is None else deploy_inputs,
-        instruments,
-        steps.rungs(structure.sizes),
-        steps.floors,
-        deployed,
-    )
-    found = survey(_named(budget), structure, bench, multiples)
+    deploy, seen = example_inputs, structure
+    if deploy_inputs is not None:
+        deploy = deploy_inputs
+        seen = _deployed(structure, model, deploy, ignored_layers) if gauged else structure
+    rungs = steps.rungs(structure.sizes)
+    bench = Bench(model, optimizer, example_inputs, deploy, instruments, rungs, steps.floors, seen)
+    found = survey(named, structure, bench, multiples)
 
     def settle(budget: Budget | Price, survey: Survey) -> Setting:
         return make_setting(
