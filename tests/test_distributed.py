@@ -395,7 +395,7 @@ class ForcedLoop(ControlLoop):
     def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
         self.updates += 1
         self.reference.level = 0.0  # so that absent units are probed
-        self._stability(torch.cat(masks))
+        self.units.stability(torch.cat(masks))
         wanted = tuple((torch.arange(len(m)) + step // 12) % 3 > 0 for m in masks)
         return Decision(wanted, 24 < step <= 48, self.setting.budget, self._price())
 
