@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .budget import MEASURED, Budget, Price, require_budget
+from .budget import GAUGED, MEASURED, Budget, Price, require_budget
 from .controller import Controller
 from .cost.timing import settle_heap
 from .distributed import is_sharded, unwrapped
@@ -75,7 +75,7 @@ def attach(
     structure = traced.structure
     _check_optimizer_covers(model, optimizer, structure)
     named, measures = _named(budget), round_to is None and not sharded
-    timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, {"latency", "energy"}))
+    timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
     if timed:
         settle_heap()
     multiples = group_multiples(structure, dict(model.named_parameters()), timed=timed) if measures else ()
@@ -84,8 +84,7 @@ def attach(
     if deploy_inputs is not None:
         deploy = deploy_inputs
         seen = _deployed(structure, model, deploy, ignored_layers) if gauged else structure
-    rungs = steps.rungs(structure.sizes)
-    bench = Bench(model, optimizer, example_inputs, deploy, instruments, rungs, steps.floors, seen)
+    bench = Bench(model, optimizer, example_inputs, deploy, instruments, steps, seen)
     found = survey(named, structure, bench, multiples)
 
     def settle(budget: Budget | Price, survey: Survey) -> Setting:
@@ -157,7 +156,7 @@ def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module)
 
 def _gauge(budget: Budget | Price, survey: Survey, bench: Bench, sizes: tuple[int, ...]) -> Gauge | None:
     """Where something is measured of the forward pass itself."""
-    names = [name for name in _named(budget) if name in ("latency", "energy")]
+    names = [name for name in _named(budget) if name in GAUGED]
     if not names:
         return None
     targets = budget.targets() if isinstance(budget, Budget) else {}

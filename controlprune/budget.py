@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 
 __all__ = [
+    "GAUGED",
     "MEASURED",
     "TOTALS",
     "UNITS",
@@ -39,6 +40,7 @@ __all__ = [
 
 TOTALS = frozenset({"train_flops", "train_time", "train_energy"})  # sums over the run
 MEASURED = frozenset({"latency", "energy", "train_time", "train_energy"})  # known only by measuring
+GAUGED = MEASURED - TOTALS  # of one forward pass, which the gauge times
 UNITS = {
     "flops": "FLOP",
     "params": "parameters",

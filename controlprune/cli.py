@@ -127,9 +127,7 @@ def _profile(options: argparse.Namespace) -> None:
     if options.measure and structure.groups:
         multiples = group_multiples(structure, dict(model.named_parameters()), timed=True)
         steps = Steps.of(structure, None, multiples, timed=True)
-        optimizer = torch.optim.Adam(model.parameters())
-        rungs = steps.rungs(structure.sizes)
-        bench = Bench(model, optimizer, inputs, inputs, Instruments(), rungs, steps.floors)
+        bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments(), steps)
         measured = survey(("memory", "latency"), structure, bench)
     print(structure_report(structure, measured))
 

@@ -212,12 +212,12 @@ class Controller(Wiring):
         self._checkpoints.require_admitted()
         before, was_compact = self._plant.masks, self._plant.compact
         self._weigh()
-        corrections = CORRECTIONS if self._metering.gauge is not None else 0
-        for _ in range(min(corrections, READINGS)):
+        gauged = self._metering.gauge is not None
+        for _ in range(READINGS if gauged else 0):
             self._measure()  # no unit goes, or stays, for one bad measurement
         decision = self._loop.last(before)
         self._relayout(decision.masks, into is None)
-        for _ in range(corrections):
+        for _ in range(CORRECTIONS if gauged else 0):
             decision = self._loop.last(before)  # what was measured just now counts, both ways
             if all(torch.equal(a, b) for a, b in zip(decision.masks, self._plant.masks, strict=True)):
                 break

@@ -82,8 +82,9 @@ class Metering:
         """The tensors have these widths now; what the forward of `model` then takes, where it is gauged."""
         self.use = self._work.value(widths) / self._whole
         found = {} if model is None or self.gauge is None else self.gauge.read(model)
-        for reading in list(found.values())[:1]:  # the others were read in the same forwards
-            self.beside(live=reading.live, dense=reading.dense)
+        if found:  # all were read in the same forwards
+            first = next(iter(found.values()))
+            self.beside(live=first.live, dense=first.dense)
         self.accounts.laid_out()
         agreed: dict[str, Reading] = {}
         for name, reading in found.items():

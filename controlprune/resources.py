@@ -13,7 +13,7 @@ train_energy       σ = `FIXED`: what of a step does not shrink. A guess, correc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .budget import GAUGED
 from .cost.energy import energy
 from .cost.flops import flops
 from .cost.latency import latency
@@ -30,6 +31,7 @@ from .cost.params import parameters
 from .cost.polynomial import Polynomial
 from .cost.timing import device_clock
 from .instruments import Instruments
+from .setting import Steps
 from .structure.extents import Fixed
 from .structure.groups import Structure
 from .structure.trace import call_model, copied, untouched
@@ -53,8 +55,7 @@ class Bench:
     example_inputs: Any
     deploy_inputs: Any
     instruments: Instruments
-    rungs: Sequence[Sequence[int]] | None = None  # the widths of each group that will be used; None: any
-    floors: Sequence[int] | None = None  # of the narrowest net
+    steps: Steps  # the widths of each group that will be used
     deployed: Structure | None = None  # with the work that the deploy inputs make; None: the example's
 
 
@@ -101,7 +102,7 @@ def survey(
             costs[name] = step_share(structure)
         elif name == "memory":
             costs[name] = memory(structure, bench.model, bench.optimizer, bench.example_inputs).peak
-        elif name in ("latency", "energy"):
+        elif name in GAUGED:
             if "latency" not in costs:
                 costs["latency"], least["latency"] = _latency(structure, bench)
             if name == "energy":
@@ -113,9 +114,14 @@ def survey(
 
 def _latency(structure: Structure, bench: Bench) -> tuple[Polynomial, float]:
     """Seconds over the widths, and of the narrowest net."""
-    clock, seen = bench.instruments.clock, bench.deployed or structure
+    steps, seen = bench.steps, bench.deployed or structure
     found = latency(
-        seen, bench.model, bench.deploy_inputs, rungs=bench.rungs, floors=bench.floors, clock=clock
+        seen,
+        bench.model,
+        bench.deploy_inputs,
+        rungs=steps.rungs(structure.sizes),
+        floors=steps.floors,
+        clock=bench.instruments.clock,
     )
     return found.seconds, found.least
 

@@ -292,8 +292,7 @@ class ControlLoop:
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
         shrinks = self.control.shrink and (compact or self._pays(step, widths_of(masks)))
-        now = torch.cat(masks)
-        self.units.decided(now, now)
+        self.units.norms = None
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
