@@ -5,6 +5,7 @@ check:  ## what a commit must pass
 	ruff check .
 	ruff format --check .
 	pyright
+	lint-imports
 
 test:  ## the default tests
 	pytest

@@ -22,11 +22,11 @@ import torch
 from baselines import after, controlled, dense, from_scratch, static, structure_of, uniform_widths
 from measure import Results, bootstrap, machine, paired
 
-from controlprune.compare import Side, accuracy, count_flops, count_parameters, ratio, train
-from controlprune.policies.control import Control
-from controlprune.report import results_table
+from controlprune.app.compare import Side, accuracy, count_flops, count_parameters, ratio, train
+from controlprune.app.report import results_table
+from controlprune.app.tasks import TASKS, Task, load
+from controlprune.policies.feedback.control import Control
 from controlprune.structure.groups import Structure
-from controlprune.tasks import TASKS, Task, load
 
 PAIRED_STEPS = 200  # of a second dense run beside "same from scratch"
 BY = ("budget", "seed")

@@ -17,18 +17,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from controlprune.allocation import uniform
-from controlprune.attach import attach
+from controlprune.allocate.uniform import uniform
+from controlprune.app.compare import Side, batches, fresh
+from controlprune.app.tasks import Task
 from controlprune.budget import Budget
-from controlprune.compare import Side, batches, fresh
-from controlprune.controller import Controller
 from controlprune.cost.flops import flops
-from controlprune.masking import Plant
+from controlprune.cost.grid import width_steps
+from controlprune.loop.attach import attach
+from controlprune.loop.controller import Controller
+from controlprune.plant.plant import Plant
 from controlprune.policies.base import Policy
-from controlprune.setting import width_steps
 from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
-from controlprune.tasks import Task
 
 __all__ = ["after", "controlled", "dense", "from_scratch", "static", "structure_of", "top", "uniform_widths"]
 

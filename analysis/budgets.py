@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import controlprune as cp
+from controlprune.app.tasks import load
+from controlprune.cost.clock import measure_interleaved
+from controlprune.cost.energy_meter import SimulatedMeter
 from controlprune.cost.flops import flops
 from controlprune.cost.params import parameters
-from controlprune.cost.timing import measure_interleaved
-from controlprune.meters import SimulatedMeter
 from controlprune.structure import analyse
-from controlprune.tasks import load
 
 Clock = Callable[[], float]
 CLOCKS: Mapping[str, Clock] = {"wall": time.perf_counter, "process": time.process_time}

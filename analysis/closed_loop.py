@@ -42,10 +42,10 @@ from loop_studies import (
 )
 from plant import Fit, Trace
 
-from controlprune.regulators.design import Margins
-from controlprune.regulators.pi import PI
-from controlprune.report import results_table
-from controlprune.tasks import load
+from controlprune.app.report import results_table
+from controlprune.app.tasks import load
+from controlprune.price.design import Margins
+from controlprune.price.pi import PI
 
 
 def main() -> int:

@@ -30,12 +30,12 @@ from measure import Results, bootstrap, paired
 from schedules import Cuts, Schedule, cubic, one_shot, training_share
 from torch import nn
 
+from controlprune.app.compare import accuracy, count_flops, train
+from controlprune.app.report import results_table
+from controlprune.app.tasks import Task, load
 from controlprune.budget import Budget
-from controlprune.compare import accuracy, count_flops, train
-from controlprune.policies.control import Control
-from controlprune.report import results_table
+from controlprune.policies.feedback.control import Control
 from controlprune.structure.groups import Structure
-from controlprune.tasks import Task, load
 
 __all__ = ["piece", "solved"]
 

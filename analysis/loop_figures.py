@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from plant import Fit, Trace, predict, predicted_sensitivity
 
-from controlprune.regulators.design import Margins, loop
-from controlprune.regulators.identify import Response
-from controlprune.regulators.pi import PI
+from controlprune.price.design import Margins, loop
+from controlprune.price.identify import Response
+from controlprune.price.pi import PI
 
 __all__ = ["margins_figure", "plant_figure", "rivals_figure"]
 

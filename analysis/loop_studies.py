@@ -15,18 +15,18 @@ from plant import Fit, Trace, identify, predicted_sensitivity, sensitivity, simu
 from probes import Held, Probed, binary, multisine, probed
 from schedules import Schedule, cubic
 
+from controlprune.app.compare import accuracy, train
+from controlprune.app.tasks import Task
 from controlprune.budget import Budget
-from controlprune.compare import accuracy, train
+from controlprune.control.horizon import Horizon
+from controlprune.control.ramp import Plan
 from controlprune.cost.flops import flops
-from controlprune.history import History
-from controlprune.policies.control import Control
-from controlprune.policies.pricing import LATE, RATE
-from controlprune.regulators.design import Margins, design, margins
-from controlprune.regulators.lqr import lqr
-from controlprune.regulators.mpc import Horizon
-from controlprune.regulators.pi import PI
-from controlprune.regulators.plan import Plan
-from controlprune.tasks import Task
+from controlprune.loop.history import History
+from controlprune.policies.feedback.control import Control
+from controlprune.policies.feedback.pricing import LATE, RATE
+from controlprune.price.design import Margins, design, margins
+from controlprune.price.lqr import lqr
+from controlprune.price.pi import PI
 
 __all__ = ["Rejection", "Rival", "Step", "Strained", "designed", "identified", "stepped"]
 __all__ += ["rejection", "rivals", "strained"]

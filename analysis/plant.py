@@ -26,9 +26,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from controlprune.regulators.design import loop
-from controlprune.regulators.identify import LeastSquares, Response
-from controlprune.regulators.pi import PI
+from controlprune.control.least_squares import LeastSquares
+from controlprune.price.design import loop
+from controlprune.price.identify import Response
+from controlprune.price.pi import PI
 
 __all__ = ["Fit", "Trace", "identify", "predict", "predicted_sensitivity", "sensitivity", "simulate"]
 

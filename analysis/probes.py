@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from controlprune.regulators.pi import PI, PIState
+from controlprune.price.pi import PI, PIState
 
 __all__ = ["Held", "Probed", "ProbedState", "binary", "multisine", "probed"]
 

@@ -16,10 +16,10 @@ import torch
 from baselines import top, uniform_widths
 from torch import Tensor
 
-from controlprune.compare import Side
+from controlprune.app.compare import Side
 from controlprune.cost.flops import flops
-from controlprune.masking import Plant
-from controlprune.setting import width_steps
+from controlprune.cost.grid import width_steps
+from controlprune.plant.plant import Plant
 from controlprune.structure.groups import Structure
 
 __all__ = ["Cuts", "Schedule", "cubic", "one_shot", "training_share"]

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 
 import controlprune as cp
 from controlprune.cost.flops import flops
-from controlprune.masking import Plant
+from controlprune.plant.plant import Plant
 from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
 

@@ -1,18 +1,18 @@
 """controlprune: online pruning by feedback control."""
 
-from .attach import attach
+from .app.plots import plot
 from .budget import Budget, InfeasibleBudget, Price
-from .controller import Controller
-from .export import load, save
-from .history import History
-from .instruments import Instruments
-from .meters import Wattage
-from .packed import Packed
-from .plots import plot
-from .policies.control import Control
+from .cost.energy_meter import Wattage
+from .cost.instruments import Instruments
+from .loop.attach import attach
+from .loop.controller import Controller
+from .loop.export import load, save
+from .loop.history import History
+from .policies.feedback.control import Control
+from .state.packed import Packed
+from .state.version import __version__
 from .structure import find_groups
-from .traced import Traced, trace
-from .version import __version__
+from .structure.traced import Traced, trace
 
 __all__ = [
     "Budget",

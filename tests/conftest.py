@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from controlprune import rounding
+from controlprune.cost import grid as rounding
 
 STAIRS = {n: float(-(-n // 16)) for n in range(1, 65)}  # what a device that works in blocks of 16 shows
 

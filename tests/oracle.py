@@ -1,6 +1,6 @@
 """The dumb oracle: deepcopy, index by hand, a fresh optimizer with hand-sliced state. And small nets to try.
 
-Nothing here shares code with `controlprune.masking` or `controlprune.shrink`.
+Nothing here shares code with `controlprune.plant`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import controlprune as cp
-from controlprune.history import Record
+from controlprune.loop.history import Record
 
 BATCH = 16
 QUICK = cp.Control(observe_every=1, update_every=4, calibrate_every=2, trials=2, revise_every=3)

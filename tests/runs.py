@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from controlprune.history import History, Record
+from controlprune.loop.history import History, Record
 
 
 def made_up_run(groups: int = 7, updates: int = 120, steps: int = 600, budget: float = 0.4) -> History:

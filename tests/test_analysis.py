@@ -15,9 +15,9 @@ from plant import Trace, identify, sensitivity, simulate
 from probes import Held, binary, multisine, probed
 from schedules import cubic, one_shot, training_share
 
+from controlprune.app.tasks import load
 from controlprune.cost.flops import flops
-from controlprune.regulators.pi import PI
-from controlprune.tasks import load
+from controlprune.price.pi import PI
 
 
 def test_the_interval_covers_the_mean_about_as_often_as_it_says() -> None:

@@ -1,1 +1,1 @@
-
+"""Resources as functions of the widths: counted, modelled, measured."""

@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..meters import Counter, Meter, NoMeter, Wattage
+from .clock import Clock
+from .energy_meter import Counter, Meter, NoMeter, Wattage
 from .polynomial import Polynomial
-from .timing import Clock
 
 __all__ = ["Energy", "energy", "power"]
 

@@ -41,13 +41,13 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import nn
 
-from ..cache import device_name, read_cache, write_cache
 from ..structure.exchange import at_widths, first_units, tensors_of
 from ..structure.extents import Extent
 from ..structure.groups import Structure
-from ..structure.trace import ExampleInputs, call_model, copied, input_tensors, untouched
+from ..structure.record import ExampleInputs, call_model, copied, input_tensors, untouched
+from .cache import device_name, read_cache, write_cache
+from .clock import Candidate, Clock, Run, Timing, device_clock, measure
 from .polynomial import Polynomial
-from .timing import Candidate, Clock, Run, Timing, device_clock, measure
 
 __all__ = ["Latency", "Part", "fit", "latency", "measure_widths", "parts_of", "trial_widths"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..optimizers import travelling_dims
+from ..plant.optimizer import travelling_dims
 
 __all__ = ["Kept", "kept_state"]
 

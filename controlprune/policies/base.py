@@ -11,47 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
-from ..cost.polynomial import Polynomial
-from ..gates import Experiment
-from ..structure.groups import Structure
+from ..cost.problem import Setting
+from ..saliency.experiments import Trial
+from ..saliency.network import Experiment
 
-__all__ = ["Decision", "Loop", "Policy", "Setting", "Trial"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One attached model, in numbers. Resources are fractions of dense unless said otherwise."""
-
-    structure: Structure
-    costs: Mapping[str, Polynomial]  # resource -> C_k(n), absolute
-    dense: Mapping[str, float]  # resource -> C_k(N)
-    budget: Mapping[str, float]  # resource -> target, fraction of dense; empty under a Price
-    prices: Mapping[str, float]  # resource -> given price, loss per dense use; empty under a Budget
-    totals: frozenset[str]  # resources under budget that are sums over the run
-    measured: frozenset[str]  # resources whose cost is a model that measurements correct
-    steps: tuple[int, ...]  # width step per group
-    grains: tuple[int, ...]  # what every width must be a multiple of, whatever the step
-    floors: tuple[int, ...]
-    total_steps: int
-    batch: int  # examples in the example inputs: what is taken for the mini-batch until one was seen
-    flops: float  # of one dense forward pass on the example inputs
-    elements: int  # numbers in all readers: what one observation reads
-    seed: int
-
-    def fraction(self, resource: str, widths: tuple[int, ...]) -> float:
-        return self.costs[resource].value(np.asarray(widths)) / self.dense[resource]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A paired ablation to carry out: switch these units of one group, measure the loss."""
-
-    group: int
-    units: Tensor  # positions within the group
-    off: bool
+__all__ = ["Decision", "Loop", "Policy"]
 
 
 @dataclass(frozen=True)

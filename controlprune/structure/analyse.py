@@ -11,11 +11,11 @@ from collections.abc import Collection, Sequence
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .build import build
 from .groups import Group, Structure
+from .record import ExampleInputs, record, untouched
 from .sizes import bind_module_attributes
-from .tape import Tape
-from .trace import ExampleInputs, record, untouched
+from .tape.build import build
+from .tape.tape import Tape
 from .verify import verify
 
 __all__ = ["analyse", "find_groups", "require_groups"]

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from .axes import Axis, pin
 from .extents import size
 from .groups import SizeAttribute, Structure
-from .tape import Tape
+from .tape.axes import Axis, pin
+from .tape.tape import Tape
 
 __all__ = ["bind_module_attributes", "get_size", "set_sizes"]
 

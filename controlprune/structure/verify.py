@@ -22,7 +22,7 @@ from .draws import draws, rounded
 from .exchange import at_widths, select_live, tensors_of
 from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, keep, size
 from .groups import Refusal, Slice, Structure, Work
-from .trace import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
+from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
 
 __all__ = ["verify", "without"]
 

@@ -24,16 +24,16 @@ from probes import probed
 from torch import Tensor, nn
 
 import controlprune as cp
-from controlprune import wiring
-from controlprune.compare import Side, train
-from controlprune.history import Record
+from controlprune.app.compare import Side, train
+from controlprune.app.tasks import load
+from controlprune.control.ramp import Plan
+from controlprune.control.scale import Observer, ObserverState
+from controlprune.loop import run as wiring
+from controlprune.loop.history import Record
 from controlprune.policies.base import Decision, Setting
-from controlprune.policies.control import ControlLoop
-from controlprune.regulators.design import design, margins
-from controlprune.regulators.identify import Response
-from controlprune.regulators.observer import Observer, ObserverState
-from controlprune.regulators.plan import Plan
-from controlprune.tasks import load
+from controlprune.policies.feedback.control import ControlLoop
+from controlprune.price.design import design, margins
+from controlprune.price.identify import Response
 
 STEPS = 600
 EARLY = Plan(earliest=0.05, latest=0.05, duration=0.2, deadline=0.3)

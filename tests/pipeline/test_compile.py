@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
 import controlprune as cp
-from controlprune.layouts import COMPILED, Layouts
-from controlprune.policies import pace
+from controlprune.loop.recompile import COMPILED, Layouts
+from controlprune.policies.feedback import pace
 
 RESTLESS = replace(rig.QUICK, update_every=2, revise_every=1, dwell=0, hysteresis=0.0, calibrate_every=1)
 

@@ -12,8 +12,8 @@ from rig import QUICK, Rig, assert_same_bits, batch, bits, flops, hooks, rig
 from torch import nn
 
 import controlprune as cp
+from controlprune.control.ramp import Plan
 from controlprune.policies.base import Policy
-from controlprune.regulators.plan import Plan
 
 
 def shares(run: Rig, dense_flops: int, dense_params: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from controlprune.structure import analyse
 from controlprune.structure.extents import size
-from controlprune.structure.trace import reference_kernels
+from controlprune.structure.record import reference_kernels
 
 from .agreement import disagreement, random_masks, run, shrunk_copy
 from .models import CASES

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlprune.structure.axes import Axis, Misfit, concat, leaves, pin, product, regroup, segment, unify
+from controlprune.structure.tape.axes import (
+    Axis,
+    Misfit,
+    concat,
+    leaves,
+    pin,
+    product,
+    regroup,
+    segment,
+    unify,
+)
 
 
 def positions(axis: Axis) -> list[tuple[object, ...]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from controlprune.masking import Plant
+from controlprune.plant.plant import Plant
 from controlprune.structure import analyse
 
 from .agreement import random_masks

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from controlprune.masking import Plant
+from controlprune.plant.plant import Plant
 from controlprune.structure import analyse, verify
 from controlprune.structure.groups import Refusal, Structure
 

@@ -1,0 +1,1 @@
+"""Values and costs -> masks: pure functions of arrays."""

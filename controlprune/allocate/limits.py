@@ -1,0 +1,145 @@
+"""The trade-off of one update under caution: what is believed of the values, what may move, what must be met.
+
+    n̄        uniform allocation under the limits                      (allocate/uniform.py)
+    ṽ, s     values shrunk towards it as far as they are not trusted  (saliency/trust.py)
+    n, m     max Σ ṽ_i − λ·C(n)  with floors, holds and hysteresis    (allocate/knapsack.py)
+
+A limit counts as filled when less than a tolerance of dense is left under it (`tolerances`): what the
+cheapest unit costs, within [`NEAR`, `FAR`]; `FINE` of a run total, whose sum must come out; `ROUGH` of the
+limit where the use is known by measuring only, and odd widths bought for the last per cent would be wasted.
+Where none is filled, what keeps units from moving gives way: holds first, then the floors of the update.
+Limits, prices: per resource, of the modelled use as a fraction of dense, and loss per dense use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..cost.problem import Setting
+from ..structure.groups import widths_of
+from .knapsack import Problem, Solution, solve
+from .uniform import uniform
+
+__all__ = ["FAR", "Stand", "allocate", "floors", "held", "slew", "tolerances", "uniform_under"]
+
+Values = tuple[NDArray[np.float64], ...]
+NEAR, FAR, FINE, ROUGH = 0.009, 0.015, 0.004, 0.04
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where the net is, and how freely it may move."""
+
+    masks: tuple[Tensor, ...]
+    young: Sequence[Tensor]  # recently switched, per group
+    trust: float  # ρ: weight of the values against the uniform allocation
+    at_budget: bool  # few units move at a time
+    hysteresis: float
+
+
+def uniform_under(setting: Setting, limits: Mapping[str, float]) -> tuple[int, ...]:
+    """n̄; empty where nothing is to be met."""
+    if not limits:
+        return ()
+    costs = [setting.costs[k] for k in limits]
+    bounds = np.array([r * setting.dense[k] for k, r in limits.items()])
+    return uniform(setting.structure.sizes, costs, bounds, setting.floors, setting.steps)
+
+
+def allocate(
+    setting: Setting,
+    values: Values,
+    even: tuple[int, ...],
+    stand: Stand,
+    limits: Mapping[str, float],
+    prices: Mapping[str, float],
+) -> Solution:
+    """Masks and shadow prices: under the limits where there are any, else by the prices alone."""
+    names, dense = tuple(setting.costs), np.array(list(setting.dense.values()))
+    sizes, steps, masks = setting.structure.sizes, setting.steps, stand.masks
+    most = slew(sizes, steps)
+    least = setting.floors
+    if even:
+        binding = most if stand.at_budget else None
+        least = floors(least, steps, even, stand.trust, widths_of(masks), binding)
+    bounds = np.array([limits.get(k, np.inf) for k in names]) * dense
+    # dormant units are worth much the same: at a price they come back all at once, as many as may
+    back = most if limits else np.maximum(np.array(steps), most // 2)
+    problem = Problem(
+        values=values,
+        costs=tuple(setting.costs.values()),
+        limits=bounds,
+        prices=np.array([prices.get(k, 0.0) for k in names]) / dense,
+        floors=least,
+        steps=steps,
+        grains=setting.grains,
+        masks=tuple(m.numpy() for m in masks),
+        held=held(values, masks, stand.young, back),
+        hysteresis=stand.hysteresis,
+        tolerance=tolerances(setting, limits, min(max(_grain(setting), NEAR), FAR)),
+        resources=names,
+    )
+    solution = solve(problem)
+    free, far = replace(problem, held=None), tolerances(setting, limits, FAR)
+    for easier in (free, replace(free, floors=setting.floors)) if limits else ():
+        if not (bounds - solution.costs > far * dense).all():
+            break  # some limit is filled
+        solution = solve(easier)
+    return solution
+
+
+def tolerances(setting: Setting, limits: Mapping[str, float], counted: float) -> NDArray[np.float64]:
+    """[K], fractions of dense; `counted`: of what is known exactly."""
+
+    def of(name: str) -> float:
+        if name in setting.totals:
+            return FINE
+        return ROUGH * limits.get(name, 1.0) if name in setting.measured else counted
+
+    return np.array([of(name) for name in setting.costs])
+
+
+def _grain(setting: Setting) -> float:
+    """What the cheapest unit of the dense net costs, fraction of dense, where that is most."""
+    sizes, dense = np.array(setting.structure.sizes), setting.dense
+    ones = np.ones(len(sizes))
+    return max(float(c.marginals(sizes, ones).min()) / dense[k] for k, c in setting.costs.items())
+
+
+def slew(sizes: Sequence[int], steps: Sequence[int]) -> NDArray[np.int64]:
+    """Most units of each group that may move at one update."""
+    return np.maximum(np.array(steps), np.array(sizes) // 8)
+
+
+def floors(
+    least: Sequence[int],
+    steps: Sequence[int],
+    even: Sequence[int],
+    trust: float,
+    widths: Sequence[int],
+    most: NDArray[np.int64] | None,
+) -> tuple[int, ...]:
+    """Floors of this update, never under `least`; `most`: the slew that binds (None: it does not)."""
+    share = ((1.0 - trust) * np.array(even)).astype(int) // np.array(steps) * np.array(steps)
+    bound = np.maximum(np.array(least), share)
+    if most is not None:
+        bound = np.maximum(bound, np.minimum(np.array(widths) - most, even))
+    return tuple(int(n) for n in bound)
+
+
+def held(
+    values: Values, masks: Sequence[Tensor], young: Sequence[Tensor], most: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], ...]:
+    """Units that keep their state at this update."""
+    found: list[NDArray[np.bool_]] = []
+    for v, mask, recent, n in zip(values, masks, young, most, strict=True):
+        hold = recent.numpy().copy()
+        dormant = np.flatnonzero(~mask.numpy())
+        hold[dormant[np.argsort(-v[dormant], kind="stable")[n:]]] = True
+        found.append(hold)
+    return tuple(found)

@@ -1,0 +1,195 @@
+"""The command line: `controlprune demo | train | profile | report`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..budget import InfeasibleBudget
+from ..cost.grid import Steps, group_multiples
+from ..cost.instruments import Instruments
+from ..cost.survey import Bench, survey
+from ..loop.history import History
+from ..state.version import __version__
+from ..structure import analyse
+from .demo import run
+from .plots import plot
+from .report import structure_report, summary
+from .tasks import TASKS, TaskError, load
+
+__all__ = ["main"]
+
+
+class UserError(Exception):
+    """Something the user gave does not work; the message says what and what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status (0, or 2 after an error of the user's, told in one line)."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (UserError, TaskError, InfeasibleBudget) as error:
+        print(f"controlprune: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("\ncontrolprune: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="controlprune", description="Online pruning by feedback control.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"controlprune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="demo | train | profile | report")
+
+    demo = commands.add_parser("demo", help="watch a small network being pruned while it trains on digits")
+    demo.set_defaults(command=_train, task="digits", data=None, steps=None)
+    _training_options(demo, out="runs/demo")
+
+    train = commands.add_parser("train", help="the same on another task")
+    train.set_defaults(command=_train)
+    train.add_argument("task", choices=list(TASKS), help="what to train on")
+    train.add_argument(
+        "--data", type=Path, help="folder with mnist/ or cifar10/ (default: fetch from the hub)"
+    )
+    train.add_argument("--steps", type=_positive, help="training steps (default: what suits the task)")
+    _training_options(train, out="runs/train")
+
+    profile = commands.add_parser("profile", help="what of a model can be pruned, and what not and why")
+    profile.set_defaults(command=_profile)
+    profile.add_argument("factory", metavar="MODULE:FACTORY", help="for example torchvision.models:resnet18")
+    profile.add_argument(
+        "--input",
+        type=_shape,
+        required=True,
+        metavar="1,3,224,224",
+        help="shape of a float input (batch first)",
+    )
+    profile.add_argument(
+        "--measure",
+        action="store_true",
+        help="memory of a training step with Adam, and latency on this machine, too",
+    )
+
+    report = commands.add_parser("report", help="a run's record as text and picture")
+    report.set_defaults(command=_report)
+    report.add_argument(
+        "file", type=Path, metavar="FILE.jsonl", help="a history, as written by demo and train"
+    )
+    report.add_argument("--out", type=Path, help="the picture (default: beside the file, as .png)")
+    return parser
+
+
+def _training_options(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget", type=_fraction, default=0.4, help="FLOPs, as a fraction of dense (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def _train(options: argparse.Namespace) -> None:
+    out: Path = options.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    task = load(options.task, options.data)
+    print(run(task, options.budget, options.seed, out, options.steps))
+    print(f"\npicture   {out / 'dynamics.png'}\nrecord    {out / 'history.jsonl'}")
+    print(f"model     {out / 'model.safetensors'}  (controlprune.load(path, the dense model) gives it back)")
+
+
+def _profile(options: argparse.Namespace) -> None:
+    model = _build(options.factory)
+    inputs = (torch.randn(options.input),)
+    try:
+        structure = analyse(model, inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = ",".join(map(str, options.input))
+        raise UserError(
+            f"{options.factory} does not run on a float input of shape {shape}: {error}"
+        ) from error
+    measured = None
+    if options.measure and structure.groups:
+        multiples = group_multiples(structure, dict(model.named_parameters()), timed=True)
+        steps = Steps.of(structure, None, multiples, timed=True)
+        bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments(), steps)
+        measured = survey(("memory", "latency"), structure, bench)
+    print(structure_report(structure, measured))
+
+
+def _build(name: str) -> nn.Module:
+    """The model that `module:factory` names and makes, called without arguments."""
+    module_name, colon, factory_name = name.partition(":")
+    if not (module_name and colon and factory_name):
+        raise UserError(f"{name!r} is not MODULE:FACTORY, such as torchvision.models:resnet18")
+    sys.path.insert(0, "")  # a module of the user's, in the current folder
+    try:
+        factory: Callable[[], object] = getattr(importlib.import_module(module_name), factory_name)
+    except AttributeError as error:
+        raise UserError(f"{module_name} has no {factory_name} ({error})") from error
+    except Exception as error:  # whatever the module's own code raises
+        raise UserError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove("")
+    try:
+        model = factory()
+    except TypeError as error:
+        raise UserError(f"{name} cannot be called without arguments: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} made a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _report(options: argparse.Namespace) -> None:
+    try:
+        history = History.read(options.file)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot read {options.file}: {error}") from error
+    print(summary(history))
+    if len(history):
+        out = options.out if options.out is not None else options.file.with_suffix(".png")
+        plot(history, out)
+        print(f"\npicture   {out}")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no fraction of dense: give a number above 0, at most 1"
+        )
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(_positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give sizes such as 1,3,224,224") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Plans, estimates and totals over the run: pure functions of numbers, each with its state threaded."""

@@ -1,0 +1,149 @@
+"""From a traced structure, a budget and what resources cost to the numbers a policy works with.
+
+A run total (`train_flops` = 0.4) is feasible if a net at the floors, from the first step on, uses less.
+Where time or energy is under budget, the widths between the multiples that the device runs well are not
+used at all (cost/grid.py), and none below the first, where the budget can be met without by `ROOM` (a sum
+over the run may need to be small while it can).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..budget import MEASURED, TOTALS, Budget, InfeasibleBudget, Price
+from ..structure.extents import size
+from ..structure.groups import Structure
+from .flops import flops
+from .grid import Steps
+from .polynomial import Polynomial
+
+__all__ = ["Setting", "feasible_range", "make_setting", "require_feasible"]
+
+ROOM = 0.9  # of a limit
+
+
+def make_setting(
+    structure: Structure,
+    budget: Budget | Price,
+    costs: Mapping[str, Polynomial],
+    *,
+    total_steps: int,
+    round_to: int | None,
+    batch: int,
+    seed: int,
+    multiples: Sequence[int] = (),
+    least: Mapping[str, float] | None = None,
+) -> Setting:
+    """Targets as fractions of dense, steps and floors; an unreachable budget is an error.
+
+    `costs`: at least those of the resources that `budget` names (cost/survey.py). `least`: what the narrowest
+    net was measured to use.
+    """
+    sizes = structure.sizes
+    targets = budget.targets() if isinstance(budget, Budget) else {}
+    prices = budget.prices() if isinstance(budget, Price) else {}
+    missing = [name for name in (*targets, *prices) if name not in costs]
+    if missing:
+        raise ValueError(
+            f"budget: {', '.join(missing)} is measured when attaching; name it in attach(budget=…) to change "
+            "it later"
+        )
+    timed = not MEASURED.isdisjoint((*targets, *prices))
+    steps = Steps.of(structure, round_to, multiples, timed=timed)
+    used = {name: costs[name] for name in (*targets, *prices)}
+    dense = {name: cost.value(sizes) for name, cost in used.items()}
+    totals = frozenset(name for name in targets if name in TOTALS)
+    limits = {name: target.limit(dense[name]) for name, target in targets.items() if name not in totals}
+    limits |= {k: t.value * dense[k] for k, t in targets.items() if k in totals and t.relative}
+    known = [(least or {}).get(k, 0.0) for k in limits]
+    bounds = list(limits.values())
+    require_feasible([used[k] for k in limits], bounds, steps.floors, sizes, list(limits), known)
+    floors = steps.ends(sizes)
+    if totals or any(used[k].value(floors) > ROOM * limits[k] for k in limits):
+        floors = steps.floors
+    return Setting(
+        structure=structure,
+        costs=used,
+        dense=dense,
+        budget={name: limit / dense[name] for name, limit in limits.items() if name not in totals},
+        prices=prices,
+        totals=totals,
+        measured=frozenset(used) & MEASURED,
+        steps=steps.steps,
+        grains=steps.grains,
+        floors=floors,
+        total_steps=total_steps,
+        batch=batch,
+        flops=flops(structure).value(sizes),
+        elements=_read_elements(structure),
+        seed=seed,
+    )
+
+
+def _read_elements(structure: Structure) -> int:
+    read = {part.tensor for group in structure.groups for part in group.readers}
+    return sum(int(np.prod([size(e) for e in structure.tensors[name]])) for name in read)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One attached model, in numbers. Resources are fractions of dense unless said otherwise."""
+
+    structure: Structure
+    costs: Mapping[str, Polynomial]  # resource -> C_k(n), absolute
+    dense: Mapping[str, float]  # resource -> C_k(N)
+    budget: Mapping[str, float]  # resource -> target, fraction of dense; empty under a Price
+    prices: Mapping[str, float]  # resource -> given price, loss per dense use; empty under a Budget
+    totals: frozenset[str]  # resources under budget that are sums over the run
+    measured: frozenset[str]  # resources whose cost is a model that measurements correct
+    steps: tuple[int, ...]  # width step per group
+    grains: tuple[int, ...]  # what every width must be a multiple of, whatever the step
+    floors: tuple[int, ...]
+    total_steps: int
+    batch: int  # examples in the example inputs: what is taken for the mini-batch until one was seen
+    flops: float  # of one dense forward pass on the example inputs
+    elements: int  # numbers in all readers: what one observation reads
+    seed: int
+
+    def fraction(self, resource: str, widths: tuple[int, ...]) -> float:
+        return self.costs[resource].value(np.asarray(widths)) / self.dense[resource]
+
+
+def feasible_range(
+    costs: Sequence[Polynomial],
+    floors: Sequence[int],
+    sizes: Sequence[int],
+    least: Sequence[float] | None = None,
+) -> tuple[tuple[float, float], ...]:
+    """(least, dense) of every cost; `least`: what was measured at the floors, 0 where nothing was."""
+    known = [0.0] * len(costs) if least is None else least
+    pairs = zip(costs, known, strict=True)
+    return tuple((max(cost.value(floors), low), cost.value(sizes)) for cost, low in pairs)
+
+
+def require_feasible(
+    costs: Sequence[Polynomial],
+    limits: ArrayLike,
+    floors: Sequence[int],
+    sizes: Sequence[int],
+    resources: Sequence[str] = (),
+    least: Sequence[float] | None = None,
+) -> tuple[tuple[float, float], ...]:
+    """The feasible range; `InfeasibleBudget` if a limit lies below it."""
+    ranges = feasible_range(costs, floors, sizes, least)
+    names = list(resources) or [f"cost {k}" for k in range(len(costs))]
+    low = [
+        f"{name} <= {limit:.6g} (feasible: {least:.6g} to {dense:.6g}, i.e. {least / dense:.4f} of dense up)"
+        for name, limit, (least, dense) in zip(names, np.asarray(limits, float), ranges, strict=True)
+        if not limit >= least
+    ]
+    if low:
+        raise InfeasibleBudget(
+            f"the budget cannot be met: {'; '.join(low)}; raise the budget or lower the floors",
+            dict(zip(names, ranges, strict=True)),
+        )
+    return ranges

@@ -1,0 +1,217 @@
+"""`attach`: checks what the user gives, traces the model, and starts a controller on it.
+
+Nothing of the model or the optimizer is changed before everything has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..budget import GAUGED, MEASURED, Budget, Price, require_budget
+from ..cost.clock import settle_heap
+from ..cost.energy_meter import choose_meter
+from ..cost.forward_time import Gauge
+from ..cost.grid import Steps, group_multiples
+from ..cost.instruments import Instruments
+from ..cost.problem import make_setting
+from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
+from ..policies.base import Policy, Setting
+from ..policies.feedback.control import Control
+from ..structure import analyse
+from ..structure.groups import Structure
+from ..structure.traced import Traced, trace
+from .controller import Controller
+from .replicas import is_sharded, unwrapped
+from .run import require_unattached
+
+__all__ = ["attach"]
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    budget: Budget | Price,
+    example_inputs: Any,
+    total_steps: int,
+    policy: Policy | None = None,
+    ignored_layers: Sequence[nn.Module | str] = (),
+    round_to: int | None = None,
+    seed: int = 0,
+    deploy_inputs: Any = None,
+    park_on: torch.device | str | None = None,
+    instruments: Instruments | None = None,
+) -> Controller:
+    """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
+
+    `model` may stand in DistributedDataParallel, or be wrapped later; where its parameters are sharded, give
+    `controlprune.trace` of the plain model as `example_inputs`. Else these are a tuple (positional) or a dict
+    (keyword) that it accepts; FLOPs and memory are counted on them (for absolute run totals give the batch of
+    a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
+    `round_to`: width multiple; None: what the device was measured to run well (cost/grid.py). `park_on`: the
+    device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
+    None: where they are. Where latency, energy or time is under budget, the C library keeps up to 62 MiB of
+    freed memory from here on (cost/clock.py). Nothing of the model or the optimizer is changed before the
+    first decision. Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range
+    that can be reached.
+    """
+    policy = Control() if policy is None else policy
+    given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
+    _check_arguments(model, optimizer, budget, total_steps, policy)
+    instruments = _metered(instruments or Instruments(), budget, model)
+    parking = _parking(park_on)
+    sharded = _sharded(model, example_inputs, policy)
+    if isinstance(example_inputs, Traced):
+        _check_traced_alone(budget)
+        traced = example_inputs
+    else:
+        traced = trace(model, example_inputs, ignored_layers=ignored_layers)
+    structure = traced.structure
+    _check_optimizer_covers(model, optimizer, structure)
+    named, measures = _named(budget), round_to is None and not sharded
+    timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
+    if timed:
+        settle_heap()
+    multiples = group_multiples(structure, dict(model.named_parameters()), timed=timed) if measures else ()
+    steps = Steps.of(structure, round_to, multiples, timed=timed)
+    deploy, seen = example_inputs, structure
+    if deploy_inputs is not None:
+        deploy = deploy_inputs
+        seen = _deployed(structure, model, deploy, ignored_layers) if gauged else structure
+    bench = Bench(model, optimizer, example_inputs, deploy, instruments, steps, seen)
+    found = survey(named, structure, bench, multiples)
+
+    def settle(budget: Budget | Price, survey: Survey) -> Setting:
+        return make_setting(
+            structure,
+            budget,
+            {**survey.costs, **exact_costs(_named(budget), structure)},
+            total_steps=total_steps,
+            round_to=round_to,
+            batch=traced.batch,
+            seed=seed,
+            multiples=survey.multiples,
+            least=survey.least,
+        )
+
+    gauge = _gauge(budget, found, bench, structure.sizes)
+    controller = Controller(model, optimizer, budget, found, settle, policy, instruments, gauge, parking)
+    if given is not model:
+        controller.replicate(given)
+    return controller
+
+
+def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:
+    """Are its parameters sharded, and everything else as that needs it? (plant/sharded.py)"""
+    if not is_sharded(model):
+        return False
+    if not isinstance(example_inputs, Traced):
+        raise ValueError(
+            "example_inputs: the parameters are sharded already; before that, make traced = "
+            "controlprune.trace(model, example_inputs), and give example_inputs=traced"
+        )
+    if getattr(policy, "shrink", False):
+        raise ValueError(
+            "policy: sharded parameters keep their shapes; give policy=controlprune.Control(shrink=False)"
+        )
+    return True
+
+
+def _deployed(
+    structure: Structure, model: nn.Module, inputs: Any, ignored_layers: Sequence[nn.Module | str]
+) -> Structure:
+    """The same groups, with the work that the deploy inputs make; as it was if they show other groups."""
+    try:
+        seen = analyse(model, inputs, ignored_layers=ignored_layers)
+    except ValueError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"deploy_inputs: the model's forward does not take them: {reason}") from error
+    if (seen.names, seen.sizes) != (structure.names, structure.sizes):
+        return structure
+    return replace(structure, work=seen.work, traffic=seen.traffic)
+
+
+def _check_traced_alone(budget: Budget | Price) -> None:
+    measured = [name for name in _named(budget) if name not in EXACT]
+    if measured:
+        raise ValueError(
+            f"budget: {', '.join(measured)} cannot be known from a trace alone; give one of "
+            f"{', '.join(EXACT)}, or the example inputs themselves"
+        )
+
+
+def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module) -> Instruments:
+    """With a meter, where energy is under budget; NoMeter where there is none."""
+    if not {"energy", "train_energy"} & set(_named(budget)):
+        return instruments
+    device = next(model.parameters()).device
+    return replace(instruments, energy=choose_meter(device, instruments.energy))
+
+
+def _gauge(budget: Budget | Price, survey: Survey, bench: Bench, sizes: tuple[int, ...]) -> Gauge | None:
+    """Where something is measured of the forward pass itself."""
+    names = [name for name in _named(budget) if name in GAUGED]
+    if not names:
+        return None
+    targets = budget.targets() if isinstance(budget, Budget) else {}
+    relative = {name: name not in targets or targets[name].relative for name in names}
+    seconds = survey.costs["latency"].value(sizes)
+    return Gauge(bench.model, bench.deploy_inputs, relative, seconds, bench.instruments)
+
+
+def _named(budget: Budget | Price) -> list[str]:
+    return list(budget.targets() if isinstance(budget, Budget) else budget.prices())
+
+
+def _check_arguments(
+    model: object, optimizer: object, budget: object, total_steps: object, policy: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
+    require_budget(budget)
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
+        )
+    if not callable(getattr(policy, "begin", None)):
+        raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
+    require_unattached(model)
+
+
+def _parking(park_on: object) -> torch.device | None:
+    try:
+        device = None if park_on is None else torch.device(park_on)  # type: ignore[arg-type]
+        if device is not None:
+            torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f'park_on={park_on!r}: give a device that is here, such as "cpu", or None'
+        ) from error
+    if device is not None and device.type == "meta":
+        raise ValueError(f'park_on={park_on!r}: it keeps no values; give "cpu", say, or None')
+    return device
+
+
+def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    touched = {part.tensor for group in structure.groups for part in group.slices}
+    missing = [
+        name
+        for name, p in model.named_parameters()
+        if name in touched and p.requires_grad and id(p) not in held
+    ]
+    if missing:
+        raise ValueError(
+            f"optimizer: it does not hold {len(missing)} trainable parameters of prunable layers "
+            f"({', '.join(missing[:5])}); add them to it, freeze them, or name their layers in ignored_layers"
+        )

@@ -1,0 +1,89 @@
+"""How many physical shapes a run may take: a compiled model is compiled anew for each.
+
+torch.compile keeps one compiled form per set of shapes and per mode (training, evaluation), and past its
+`recompile_limit` of 8 it falls back to eager without a word. With at most `COMPILED` sets of widths, the
+dense ones included, both modes together stay at 2 · COMPILED <= 8. On the way from dense (p = 0) to the
+budget (p = 1), p = (1 − C(n)) / (1 − r), new widths are taken only
+
+    if they pay for their compilation (policies/feedback/pace.py), and
+    at the budget, p >= 1,  or when they are 1 / (COMPILED − 2) of the way further than the last,
+
+so the budget can be reached and room for one revision is left. Widths known already, and other units
+at the same widths, are free. Masks alone change no shape.
+
+A compiled forward goes past the hooks that are set after it was compiled: that is how it is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..policies.base import Setting
+from ..policies.feedback.pace import recompile_pays
+from ..structure.groups import widths_of
+
+__all__ = ["COMPILED", "Layouts", "progress"]
+
+COMPILED = 4
+
+Widths = tuple[int, ...]
+
+
+@dataclass
+class Layouts:
+    """The sets of widths that the tensors of a run have had, and whether another one may follow."""
+
+    seen: dict[Widths, float] = field(default_factory=dict)  # widths -> progress p when they came
+    looked: bool = False  # was a hook set, to tell whether the model is compiled?
+    compiled: bool = False  # and did the forward go past it?
+
+    def admits(self, widths: Widths, progress: float, pays: bool = True) -> bool:
+        if not self.compiled or widths in self.seen:
+            return True
+        if not pays or len(self.seen) >= COMPILED:
+            return False
+        stride = 1.0 / (COMPILED - 2)
+        return progress >= 1.0 - 1e-9 or progress - max(self.seen.values(), default=0.0) >= stride - 1e-9
+
+    def choose(
+        self, setting: Setting, masks: Sequence[Tensor], *, compact: bool, held: Widths, left: int
+    ) -> bool | None:
+        """Compact or not, where `compact` is wanted and tensors of widths `held` have `left` steps to go.
+
+        Where a compiled model may not take those shapes: masked, which changes none, if it is so now, else
+        None: hold.
+        """
+        resource = next(iter(setting.costs))
+        then = widths_of(masks) if compact else setting.structure.sizes
+        pays = recompile_pays(
+            setting, setting.fraction(resource, held), setting.fraction(resource, then), left
+        )
+        if self.admits(then, progress(setting, widths_of(masks)), pays):
+            return compact
+        return False if held == setting.structure.sizes else None
+
+    def take(self, widths: Widths, progress: float) -> None:
+        self.seen.setdefault(widths, progress)
+
+    def __str__(self) -> str:
+        limit = f", at most {COMPILED} under torch.compile (no calibration, no probes)"
+        return f"{len(self.seen)} sets of widths so far{limit if self.compiled else ''}"
+
+    def state_dict(self) -> dict[str, Any]:
+        seen = [[list(widths), progress] for widths, progress in self.seen.items()]
+        return {"seen": seen, "looked": self.looked, "compiled": self.compiled}
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Layouts:
+        seen = {tuple(map(int, widths)): float(progress) for widths, progress in state["seen"]}
+        return Layouts(seen, bool(state["looked"]), bool(state["compiled"]))
+
+
+def progress(setting: Setting, widths: Widths) -> float:
+    """How far from dense (0) to the budget (1), by the resource that is furthest behind."""
+    target = {k: r for k, r in setting.budget.items() if r < 1.0}
+    return min(((1.0 - setting.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0)

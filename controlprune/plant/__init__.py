@@ -1,0 +1,1 @@
+"""Masks -> tensors, exactly: masked or shrunk, with parked weights and optimizer state."""

@@ -1,0 +1,215 @@
+"""What the reader columns say of each unit: gate gradients and weight norms, dormant units included.
+
+For a gate `g` multiplied onto the output of unit `i`, whatever the activation, in units of the loss,
+
+    ∂L/∂g_i = Σ_{reader columns of i} ⟨w, ∂L/∂w⟩        (w parked where the unit is dormant)
+
+since the columns are contracted with that output. A dormant unit's columns are zero in the masked layout,
+but its rows still compute, so their gradient arrives: it is multiplied with the parked column, added to a
+record and cleared. Between arrival and reading the user may rescale gradients (unscaling, clipping by
+norm, zero_grad); the record follows by the ratio of ‖p.grad‖ now to ‖p.grad‖ after the last arrival.
+Where gradients are averaged over replicas, an arrival counts once they are: `Later` puts it off till then.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..structure.extents import keep, labels
+from .interrupts import uninterrupted
+from .layout import Spot, at, fill_zero_
+
+__all__ = ["Gather", "Watch", "gather", "inner", "per_unit", "select_others"]
+
+
+PerPosition: TypeAlias = Callable[[Spot, int], Tensor | None]
+Later: TypeAlias = Callable[[Callable[[], None]], None]
+
+
+class Watch:
+    """Gradients of the dormant columns of one parameter: read as they arrive, then cleared.
+
+    `record[d][j] = Σ_{other dimensions} w ∂w` at silent position j of dimension d, for the gradients now
+    in `parameter.grad` and at their scale once `settle` has run.
+    """
+
+    def __init__(self, spot: Spot, parameter: Tensor, later: Later | None = None) -> None:
+        assert spot.home is not None
+        self.parameter, self.home = parameter, spot.home
+        self.later, self.pending = later, False
+        self.silent = at(spot.cuts, "silent")
+        self.record = {d: _zeros(len(index), parameter) for d, index in self.silent.items()}
+        self.norm = _zeros((), parameter)
+        self.handles = [
+            parameter.register_hook(lambda _: self.settle()),
+            parameter.register_post_accumulate_grad_hook(self.arrive),
+        ]
+
+    def read(self, dim: int) -> Tensor:
+        self.complete()
+        self.settle()
+        return self.record[dim]
+
+    @uninterrupted
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring the record to the scale `parameter.grad` has now."""
+        if self.pending:
+            return
+        if self.parameter.grad is None:
+            self.record = {d: torch.zeros_like(record) for d, record in self.record.items()}
+            return
+        now = _norm(self.parameter.grad)
+        ratio = torch.where(self.norm > 0, now / self.norm, 1.0)
+        self.record = {d: torch.where(now > 0, record * ratio, 0.0) for d, record in self.record.items()}
+        self.norm = now
+
+    def arrive(self, parameter: Tensor) -> None:
+        """A backward pass has brought a gradient."""
+        self.pending = True
+        if self.later is None:
+            self.complete()
+        else:
+            self.later(self.complete)
+
+    @uninterrupted
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Add what has arrived for dormant columns to the record, and clear it."""
+        parameter = self.parameter
+        if not self.pending or parameter.grad is None:
+            return
+        self.pending = False
+        for d, index in self.silent.items():
+            others = {k: silent for k, silent in self.silent.items() if k != d}
+            column = fill_zero_(self.home.index_select(d, index), others)
+            self.record[d] = self.record[d] + inner(column, parameter.grad.index_select(d, index), d)
+        fill_zero_(parameter.grad, self.silent)
+        self.norm = _norm(parameter.grad)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """From sums per position to sums per unit, for all reader dimensions at once, at the present masks.
+
+    With the position vectors of `places` one after the other in a vector x, `out[unit] += x[where]`.
+    A position counts for a unit only where every other group that stands there is live.
+    """
+
+    places: tuple[Place, ...]
+    where: Tensor | None  # None: every position, in order
+    unit: Tensor  # over all groups, one group after the other; like `where` in the narrowest integers
+    units: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A reader dimension: its positions as they lie now, or the parked (silent) ones."""
+
+    spot: Spot
+    dim: int
+    parked: bool
+    length: int
+
+
+def gather(
+    spots: Iterable[Spot], masks: Sequence[Tensor], compact: bool, device: torch.device | None
+) -> Gather:
+    starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
+    places: list[Place] = []
+    where, unit = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    offset = 0
+    for spot, dim in [(s, dim) for s in spots for dim in s.reads]:
+        here, parked = _places(spot, dim, masks, compact)
+        for group in sorted(spot.reads[dim]):
+            (live_at, live), (parked_at, dormant) = _positions(spot, dim, group, masks, compact)
+            where += [live_at + offset, parked_at + offset + here.length]
+            unit += [live + starts[group], dormant + starts[group]]
+        places += [here, parked] if parked.length else [here]
+        offset += here.length + parked.length
+    index = torch.cat(where)
+    ordered = len(index) == offset and bool((index == torch.arange(offset)).all())
+    return Gather(
+        tuple(places),
+        None if ordered else _narrow(index, offset).to(device),
+        _narrow(torch.cat(unit), starts[-1]).to(device),
+        starts[-1],
+    )
+
+
+def per_unit(plan: Gather, live: PerPosition, parked: PerPosition) -> Tensor:
+    """Sum for each unit what `live` and `parked` give per position, groups one after the other: float32."""
+    device = plan.unit.device
+    parts = []
+    for place in plan.places:
+        values = (parked if place.parked else live)(place.spot, place.dim)
+        parts.append(torch.zeros(place.length, device=device) if values is None else values.to(device))
+    out = torch.zeros(plan.units, device=device)
+    if parts:
+        values = torch.cat(parts)
+        values = values if plan.where is None else values[plan.where.long()]
+        out.index_add_(0, plan.unit.int(), values.to(out))
+    return out
+
+
+def select_others(tensor: Tensor, spot: Spot, dim: int) -> Tensor:
+    """The live positions of every dimension but `dim`."""
+    for d, index in at(spot.cuts, "live").items():
+        if d != dim:
+            tensor = tensor.index_select(d, index)
+    return tensor
+
+
+def inner(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Σ over all dimensions but `dim` of Re(a* b), in at least float32."""
+    product = (a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b
+    others = [d for d in range(product.ndim) if d != dim]
+    return product.sum(others) if others else product
+
+
+def _places(spot: Spot, dim: int, masks: Sequence[Tensor], compact: bool) -> tuple[Place, Place]:
+    live = keep(spot.extents[dim], masks)
+    cut = spot.cuts.get(dim)
+    here = Place(spot, dim, False, int(live.sum()) if compact else len(live))
+    return here, Place(spot, dim, True, 0 if cut is None else len(cut.silent))
+
+
+def _positions(
+    spot: Spot, dim: int, group: int, masks: Sequence[Tensor], compact: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """(positions, units of `group`) of the tensor as it lies now, and of its silent positions."""
+    extent = spot.extents[dim]
+    live = keep(extent, masks)
+    units = labels(extent, group)
+    others = [torch.ones_like(mask) if g == group else mask for g, mask in enumerate(masks)]
+    counted = (units >= 0) & keep(extent, others)
+    here, gone = counted & live, counted & ~live
+    cut = spot.cuts.get(dim)
+    silent = units[:0] if cut is None else cut.silent.cpu()
+    live_at = (here[live] if compact else here).nonzero().flatten()
+    parked_at = gone[silent].nonzero().flatten()
+    return [(live_at, units[here]), (parked_at, units[silent[parked_at]])]
+
+
+def _narrow(index: Tensor, bound: int) -> Tensor:
+    """`index`, all under `bound`, in few bytes: there is one for every position that is read."""
+    return index.to(torch.int16 if bound <= 2**15 else torch.int32)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def _zeros(shape: int | tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.zeros(shape, dtype=_wide(like), device=like.device)
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.linalg.vector_norm(real, dtype=_wide(tensor))

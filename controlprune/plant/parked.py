@@ -1,0 +1,67 @@
+"""What is parked, packed for a checkpoint: the dormant entries only, as plain tensors.
+
+Of a dense home `H` with dormant entries `D` (a bool tensor of its shape, from the masks), `H[D]` in
+row-major order is saved beside its shape: `''` -> the tensor's own, state key -> that of the optimizer,
+`key/shape` -> the shape. Live entries are the model's and the optimizer's own to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .layout import Cuts, Spot, along, at
+
+__all__ = ["check_packed", "pack", "unpack"]
+
+
+def pack(spot: Spot) -> dict[str, Tensor]:
+    """The dormant entries of every home of `spot`."""
+    homes = dict(spot.state_home)
+    if spot.home is not None:
+        homes[""] = spot.home
+    found = {}
+    for key, home in homes.items():
+        found[key] = home[_dormant_entries(spot, home)]
+        found[f"{key}/shape"] = torch.tensor(home.shape)
+    return found
+
+
+def unpack(spot: Spot, packed: Mapping[str, Tensor], device: torch.device) -> None:
+    """The reverse of `pack`, once `spot` is cut as it was then."""
+    for key in (key for key in packed if not key.endswith("/shape")):
+        home = spot.state_home.get(key) if key else spot.home
+        if home is None:
+            shape = packed[f"{key}/shape"].tolist()
+            home = torch.zeros(shape, dtype=packed[key].dtype, device=device)
+            spot.state_home[key] = home
+        home[_dormant_entries(spot, home)] = packed[key].to(home)
+
+
+def check_packed(spot: Spot, packed: Mapping[str, Tensor], cuts: Cuts, compact: bool) -> None:
+    """Raise a ValueError unless `packed` is what `pack` gives for `spot` at `cuts`."""
+    where = f"saved: what is parked of {spot.name!r}"
+    needed = bool(cuts) if compact else bool(at(cuts, "dormant" if spot.is_parameter else "silent"))
+    if needed != ("" in packed):
+        raise ValueError(f"{where} {'is missing' if needed else 'should not be there'} at the saved masks")
+    for key, values in packed.items():
+        if key.endswith("/shape"):
+            continue
+        shape = packed[f"{key}/shape"].tolist() if f"{key}/shape" in packed else None
+        if shape is None or len(shape) != len(spot.shape) or (not key and shape != list(spot.shape)):
+            raise ValueError(f"{where} ({key!r}) has shape {shape}, the tensor here {list(spot.shape)}")
+        live = [len(cuts[d].live) if d in cuts and n == spot.shape[d] else n for d, n in enumerate(shape)]
+        if values.shape != (math.prod(shape) - math.prod(live),):
+            raise ValueError(f"{where} ({key!r}) has {tuple(values.shape)} entries, not what its masks say")
+
+
+def _dormant_entries(spot: Spot, home: Tensor) -> Tensor:
+    """Bool, shaped like `home`: True where an entry is dormant in some dimension."""
+    out = torch.zeros(home.shape, dtype=torch.bool, device=home.device)
+    dims = [d for d, (n, dense) in enumerate(zip(home.shape, spot.shape, strict=True)) if n == dense]
+    for dim, index in at(along(spot.cuts, dims), "dormant").items():
+        out.index_fill_(dim, index.to(home.device), True)
+    return out

@@ -1,0 +1,379 @@
+"""The masking layer: any set of units off or on, in one of two layouts, exactly.
+
+Switching off unit `i` of a group means that nothing reads it: the columns `w` that are contracted with
+its output are zero. Two layouts of the user's tensors give the same outputs and the same training steps:
+
+    masked   dense shapes; reader columns of dormant units are 0, the unit's own rows keep computing
+    compact  only the live entries exist: contiguous tensors, sizes in the modules updated, no hooks
+
+and a tensor in which nothing is dormant is as its user made it. What is dormant is parked (see
+`plant/layout.py`). Between steps in the masked layout it stays at rest: gradients of dormant columns are read
+and cleared as they arrive (before the user's clipping sees them), and after `optimizer.step()` rows that
+weight decay moved are put back, columns are zeroed again. The cost of a step in the compact layout is that
+of a native model; in the masked one it is that of the dense model and of these copies.
+
+Known limits: BatchNorm statistics of dormant channels keep moving in the masked layout (parked in the
+compact one). Optimizers that normalise by a whole tensor (Adafactor, LAMB) see dormant zeros while
+masked. Parameters frozen or unfrozen while masked are noticed at the next `apply`. A `copy.deepcopy` of
+the model has the live tensors and no hooks: a plain model in that layout. An EMA copy made before is cut
+by a plant of its own, `Plant(averaged.module, None, structure)`, and goes on averaging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ..structure.caches import drop_caches
+from ..structure.extents import groups_in
+from ..structure.groups import Structure, widths_of
+from ..structure.sizes import set_sizes
+from .gate_gradients import Gather, Later, Watch, gather, inner, per_unit, select_others
+from .interrupts import uninterrupted
+from .layout import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
+from .optimizer import Factored, check_optimizer, factored, travelling
+from .parked import check_packed, pack, unpack
+
+__all__ = ["Plant", "checked", "named_tensors", "spots_of"]
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Masks = tuple[Tensor, ...]
+
+
+class Plant:
+    """The user's model and optimizer, with any of its units switched off, masked or compact.
+
+    `masks` holds one CPU bool tensor of N_g per group of `structure`, True = active. Every method
+    validates before it changes anything. `optimizer=None`: weights only. `park_on`: the device on which
+    parked tensors wait while compact ("cpu" spares an accelerator's memory); None: beside the live ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        structure: Structure,
+        *,
+        park_on: torch.device | str | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.structure = model, optimizer, structure
+        self.park_on = None if park_on is None else torch.device(park_on)
+        self.masks: Masks = _all_on(structure)
+        self.compact = False
+        self._hardened = False
+        self._summed: Factored = frozenset()
+        self._spots = self._laid_on()
+        self._watches: dict[str, Watch] = {}
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[str, Tensor] = {}
+        self._gather: Gather | None = None
+        self._later: Later | None = None
+        self._check()
+
+    def _laid_on(self) -> tuple[Spot, ...]:
+        """The tensors that units stand in, as far as this process holds them (plant/sharded.py)."""
+        return spots_of(self.structure)
+
+    @property
+    def _counted(self) -> tuple[Spot, ...]:
+        """Those that this process counts in sums over units."""
+        return self._spots
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that hold a part of the model each; None: this one holds all of it."""
+        return None
+
+    @property
+    def place(self) -> str:
+        """Which of those processes this is; "" if there is one."""
+        return ""
+
+    def gathered(self, model: nn.Module) -> nn.Module:
+        """`model`, plain and dense, with the weights of all parts, at the present masks, small."""
+        raise ValueError("gathered: this process holds all of the model")
+
+    def own(self, name: str, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor of that name that this process holds."""
+        return tensor
+
+    def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
+        """Switch to `masks` in the masked or the compact layout, exactly, from any other.
+
+        Gradients of units that leave are dropped; units that return have gradient zero.
+        """
+        if self._hardened:
+            raise RuntimeError(
+                "this model was made small for good (harden); attach it anew to prune it further"
+            )
+        masks = checked(masks, self.structure)
+        tensors = self.tensors()
+        self._summed |= factored(self.optimizer)
+        states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
+        changed = {
+            g
+            for g, (old, new) in enumerate(zip(self.masks, masks, strict=True))
+            if not torch.equal(old, new) or (compact != self.compact and not new.all())
+        }
+        switch = Switch(self.compact, compact, self.park_on)
+        if not changed and switch.now == switch.then:
+            return
+        self._unhook()
+        known: dict = {}
+        with torch.no_grad():
+            for spot in (s for s in self._spots if s.groups & changed):
+                tensor = tensors[spot.name]
+                cuts = cuts_of(spot, masks, tensor.device, known)
+                move(spot, tensor, self.optimizer, states[spot.name], cuts, switch)
+        if changed and (compact or self.compact):
+            widths = widths_of(masks) if compact else self.structure.sizes
+            set_sizes(self.model, self.structure, widths)
+        if changed:
+            drop_caches(self.model)
+        self.masks, self.compact = masks, compact
+        self._hook(tensors)
+
+    @property
+    def spots(self) -> tuple[Spot, ...]:
+        """The tensors that units stand in, with what is parked of them: to read, not to change."""
+        return self._spots
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every parameter and buffer under all its names, as they are now."""
+        return named_tensors(self.model)
+
+    def read_later(self, later: Later) -> None:
+        """Gradients are averaged over replicas: `later` calls back when they are, in every backward pass."""
+        self._later = later
+        self._unhook()
+        self._hook(self.tensors())
+
+    def release(self) -> None:
+        """Back to dense with all learned weights; no hook is left, nothing is parked."""
+        self.apply(_all_on(self.structure), compact=False)
+
+    def harden(self) -> None:
+        """Compact for good: what is parked is dropped, model and optimizer are plain small ones."""
+        self.apply(self.masks, compact=True)
+        self._hardened = True
+        self._spots, self._gather = (), None
+
+    def gate_gradients(self) -> list[Tensor]:
+        """∂L/∂g per group, float32 of N_g, for the gradients now in `p.grad`; NaN where a unit is absent."""
+        vectors = list(self.gate_gradient().split(self.structure.sizes))
+        if not self.compact:
+            return vectors
+        return [v.masked_fill(~m.to(v.device), math.nan) for v, m in zip(vectors, self.masks, strict=True)]
+
+    def gate_gradient(self) -> Tensor:
+        """The same for all groups in one vector, zero where a unit is absent; no synchronisation."""
+        plan, tensors = self._plan()
+
+        def live(spot: Spot, dim: int) -> Tensor | None:
+            tensor = tensors[spot.name]
+            return None if tensor.grad is None else inner(tensor, tensor.grad, dim)
+
+        def parked(spot: Spot, dim: int) -> Tensor | None:
+            watch = self._watches.get(spot.name)
+            return None if watch is None else watch.read(dim)
+
+        with torch.no_grad():
+            return per_unit(plan, live, parked)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Has anything that reads a unit a gradient now?"""
+        return any(tensor.grad is not None for tensor in self._plan()[1].values())
+
+    def weight_norms(self) -> list[Tensor]:
+        """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
+        plan, tensors = self._plan()
+
+        def live(spot: Spot, dim: int) -> Tensor:
+            tensor = tensors[spot.name]
+            heard = tensor if self.compact else select_others(tensor, spot, dim)
+            return inner(heard, heard, dim)
+
+        def parked(spot: Spot, dim: int) -> Tensor:
+            assert spot.home is not None
+            silent = spot.cuts[dim].silent
+            columns = spot.home.index_select(dim, silent.to(spot.home.device)).to(silent.device)
+            columns = select_others(columns, spot, dim)
+            return inner(columns, columns, dim)
+
+        with torch.no_grad():
+            return list(per_unit(plan, live, parked).split(self.structure.sizes))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks, layout and what is parked, as plain tensors (for safetensors); not the live weights."""
+        found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
+        found["compact"] = torch.tensor(self.compact)
+        for spot in self._spots:
+            found |= {f"parked/{spot.name}/{key}": value for key, value in pack(spot).items()}
+        return found
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go to the saved masks and layout, and park what was parked then.
+
+        The live weights are the model's own: load its state dict afterwards (its shapes fit then), or
+        before if it was saved dense. The optimizer's may be loaded before or after.
+        """
+        masks, packed = self._parsed(saved)
+        compact = bool(saved["compact"])
+        with self._small_state_aside(masks):
+            self.apply(masks, compact=compact)
+        tensors = self.tensors()
+        with torch.no_grad():
+            for spot in self._spots:
+                unpack(spot, packed[spot.name], tensors[spot.name].device)
+        self._unhook()
+        self._hook(tensors)
+
+    def _parsed(self, saved: Mapping[str, Tensor]) -> tuple[Masks, dict[str, dict[str, Tensor]]]:
+        """The masks and, per tensor, what is parked; every error of a foreign `saved` is raised here."""
+        names = self.structure.names
+        missing = {"compact", *(f"mask/{name}" for name in names)} - saved.keys()
+        if missing:
+            raise ValueError(f"saved: no {sorted(missing)[0]!r}; it was saved from another model")
+        masks = checked([saved[f"mask/{name}"] for name in names], self.structure)
+        packed: dict[str, dict[str, Tensor]] = {}
+        known: dict = {}
+        for spot in self._spots:
+            prefix = f"parked/{spot.name}/"
+            mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+            check_packed(spot, mine, cuts_of(spot, masks, torch.device("cpu"), known), bool(saved["compact"]))
+            packed[spot.name] = mine
+        extra = len(saved) - 1 - len(names) - sum(map(len, packed.values()))
+        if extra:
+            raise ValueError(f"saved: {extra} tensors belong to no group of this model; it is another's")
+        return masks, packed
+
+    @contextmanager
+    def _small_state_aside(self, masks: Masks) -> Iterator[None]:
+        """Optimizer state loaded in its compact shapes already is out of the way while tensors move."""
+        aside: list[tuple[dict[str, object], str, object]] = []
+        tensors = self.tensors()
+        known: dict = {}
+        for spot in self._spots:
+            tensor = tensors[spot.name]
+            if self.optimizer is None or tensor not in self.optimizer.state:
+                continue
+            cuts = cuts_of(spot, masks, torch.device("cpu"), known)
+            small = tuple(len(cuts[d].live) if d in cuts else n for d, n in enumerate(spot.shape))
+            entries = self.optimizer.state[tensor]
+            for key, value in list(entries.items()):
+                if isinstance(value, Tensor) and value.shape == small and value.shape != tensor.shape:
+                    aside.append((entries, key, entries.pop(key)))
+        try:
+            yield
+        finally:
+            for entries, key, value in aside:
+                entries[key] = value
+
+    def _plan(self) -> tuple[Gather, dict[str, Tensor]]:
+        """Which positions of which reader tensors tell of which unit, worked out once per layout."""
+        if self._gather is None:
+            tensors = self.tensors()
+            self._seen = {spot.name: tensors[spot.name] for spot in self._counted if spot.reads}
+            device = next((tensor.device for tensor in self._seen.values()), None)
+            self._gather = gather(self._counted, self.masks, self.compact, device)
+        return self._gather, self._seen
+
+    def _state(self, spot: Spot, tensor: Tensor) -> dict[str, tuple[int, ...]]:
+        return travelling(self.optimizer, tensor, spot.name, self._summed) if spot.is_parameter else {}
+
+    def _check(self) -> None:
+        tensors = self.tensors()
+        for spot in self._spots:
+            if spot.name not in tensors:
+                raise ValueError(f"structure: the model has no tensor {spot.name!r}; analyse this very model")
+            if tensors[spot.name].shape != spot.shape:
+                raise ValueError(
+                    f"structure: {spot.name!r} has shape {tuple(tensors[spot.name].shape)}, the analysis "
+                    f"says {tuple(spot.shape)}; analyse the model as it is now"
+                )
+        if self.optimizer is not None:
+            check_optimizer(self.optimizer, {s.name: tensors[s.name] for s in self._spots if s.is_parameter})
+        for g, group in enumerate(self.structure.groups):
+            if not any(g in reads for spot in self._spots for reads in spot.reads.values()):
+                raise ValueError(f"structure: nothing reads group {group.name!r}, so it cannot be masked")
+
+    def _hook(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep what is dormant at rest from here on (masked layout only)."""
+        resting = [] if self.compact else [s for s in self._spots if s.is_parameter and s.cuts]
+        if not resting:
+            return
+        for spot in resting:
+            parameter = tensors[spot.name]
+            if parameter.requires_grad and at(spot.cuts, "silent"):
+                self._watches[spot.name] = Watch(spot, parameter, self._later)
+        if self.optimizer is not None:
+            places = [(tensors[s.name], resting_rows(s), at(s.cuts, "silent")) for s in resting]
+
+            @uninterrupted
+            def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
+                with torch.no_grad():
+                    for parameter, rows, silent in places:
+                        for dim, (index, values) in rows.items():
+                            parameter.index_copy_(dim, index, values)
+                        fill_zero_(parameter, silent)
+
+            self._handles.append(self.optimizer.register_step_post_hook(rest))
+
+    def _unhook(self) -> None:
+        for handle in (*self._handles, *(h for watch in self._watches.values() for h in watch.handles)):
+            handle.remove()
+        self._handles.clear()
+        self._watches.clear()
+        self._gather = None
+        self._seen = {}
+
+
+def spots_of(structure: Structure) -> tuple[Spot, ...]:
+    reads: dict[str, dict[int, set[int]]] = {}
+    for g, group in enumerate(structure.groups):
+        for s in group.readers:
+            reads.setdefault(s.tensor, {}).setdefault(s.dim, set()).add(g)
+    found = []
+    for name, extents in structure.tensors.items():
+        groups = frozenset().union(*(groups_in(extent) for extent in extents))
+        if groups:
+            read = {dim: frozenset(which) for dim, which in reads.get(name, {}).items()}
+            found.append(Spot(name, extents, name in structure.parameters, read, groups))
+    return tuple(found)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under all its names, as they are now."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _all_on(structure: Structure) -> Masks:
+    return tuple(torch.ones(group.size, dtype=torch.bool) for group in structure.groups)
+
+
+def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
+    """Own CPU copies of `masks`, or an error that names the group."""
+    if len(masks) != len(structure.groups):
+        raise ValueError(f"masks: got {len(masks)} for {len(structure.groups)} groups; give one for each")
+    for mask, group in zip(masks, structure.groups, strict=True):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"masks: {group.name!r} is {kind}; give a torch.bool tensor, True = active")
+        if mask.shape != (group.size,):
+            raise ValueError(f"masks: {group.name!r} has shape {tuple(mask.shape)}, not ({group.size},)")
+        if not mask.any():
+            raise ValueError(f"masks: {group.name!r} has no active unit; leave at least one")
+    return tuple(mask.detach().to("cpu", copy=True) for mask in masks)

@@ -1,0 +1,1 @@
+"""The feedback policy: the blocks of the loop, wired."""

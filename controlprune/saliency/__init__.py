@@ -1,0 +1,1 @@
+"""Gradients and loss of the running training -> a value for every unit."""

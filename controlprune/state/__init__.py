@@ -1,0 +1,1 @@
+"""What is saved and resumed: files that appear whole, checksums, versions."""

@@ -1,0 +1,177 @@
+"""The user's own checkpoints keep working: which units are on travels with them.
+
+The keys of `model.state_dict()` stay the user's: masks and layout are written beside them, in the metadata
+that torch keeps and saves with every state dict; `optimizer.state_dict()` has them as one entry more. When
+such a dict is loaded into an attached model or its optimizer, the plant first goes to the masks it was
+saved at, so any order of loading works. A dict without them
+
+    fits the present widths, and dormant columns are zero in it     is loaded as it is
+    is dense                                                        is loaded with every unit on
+    anything else                                                   is refused (optimizer: it waits)
+
+`deepcopy` and `pickle` of an attached model give a plain one: in it the hooks do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..plant.hooks import Link
+from ..plant.layout import at
+from ..plant.plant import Plant
+from ..structure.extents import size
+from ..structure.groups import widths_of
+
+__all__ = ["Checkpoints"]
+
+KEY = "controlprune"
+
+
+class Checkpoints:
+    """Hooks on `state_dict` and `load_state_dict` of one model and its optimizer."""
+
+    def __init__(
+        self, plant: Plant, optimizer: Optimizer, relayout: Callable[[tuple[Tensor, ...], bool], None]
+    ):
+        self.plant, self.optimizer, self.relayout = plant, optimizer, relayout
+        self.waiting: dict[Tensor, Any] = {}
+        self.handles = [
+            plant.model.register_state_dict_post_hook(Link(self, Checkpoints._save_model)),
+            plant.model.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_model)),
+            optimizer.register_state_dict_post_hook(Link(self, Checkpoints._save_optimizer)),
+            optimizer.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_optimizer)),
+            optimizer.register_load_state_dict_post_hook(Link(self, Checkpoints._arrived)),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    # --- the hooks ------------------------------------------------------------------------------
+
+    def _save_model(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        metadata[KEY] = self._describe()
+
+    def _load_model(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
+        saved = metadata.get(KEY)
+        if saved is None:
+            self._take_unmarked(state, prefix)
+        else:
+            masks, compact = self._parsed(saved)
+            wrong = self._misfit(state, prefix, masks if compact else None)
+            if wrong:
+                raise ValueError(f"state_dict: {wrong} has not the shape that its masks say; it is corrupt")
+            self.relayout(masks, compact)
+
+    def _save_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        state[KEY] = self._describe()
+
+    def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        self.waiting.clear()
+        count = [len(group["params"]) for group in state["param_groups"]]
+        if count != [len(group["params"]) for group in optimizer.param_groups]:
+            return  # torch refuses it
+        if KEY in state:
+            self.relayout(*self._parsed(state[KEY]))
+
+    def _arrived(self, optimizer: Optimizer) -> None:
+        self.set_aside()
+
+    # --- masks that travel ----------------------------------------------------------------------
+
+    def _describe(self) -> dict[str, Any]:
+        names = self.plant.structure.names
+        masks = {name: mask.clone() for name, mask in zip(names, self.plant.masks, strict=True)}
+        return {"masks": masks, "compact": self.plant.compact}
+
+    def _parsed(self, saved: Any) -> tuple[tuple[Tensor, ...], bool]:
+        try:
+            masks, compact = dict(saved["masks"]), bool(saved["compact"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"state_dict: what it says of masks cannot be read ({error!r})") from error
+        structure = self.plant.structure
+        sizes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        if sizes != {name: (n,) for name, n in zip(structure.names, structure.sizes, strict=True)}:
+            raise ValueError(
+                f"state_dict: it was saved from a model with the groups {_few(sizes)}, this one "
+                f"has {_few(dict(zip(structure.names, structure.sizes, strict=True)))}: it is another model's"
+            )
+        return tuple(masks[name].cpu() for name in structure.names), compact
+
+    def _take_unmarked(self, state: Mapping[str, Any], prefix: str) -> None:
+        """A dict that does not say which units it holds."""
+        plant = self.plant
+        present = plant.masks if plant.compact else None
+        if not self._misfit(state, prefix, present) and (plant.compact or self._quiet(state, prefix)):
+            return
+        wrong = self._misfit(state, prefix, None)
+        if wrong:
+            raise ValueError(
+                f"state_dict: {wrong} has neither the dense shape nor that of the present widths, and "
+                "the dict does not say which units it holds; load it with controlprune.load, or load the "
+                "controller's state_dict first"
+            )
+        self.relayout(tuple(torch.ones_like(m) for m in plant.masks), False)
+
+    def _misfit(self, state: Mapping[str, Any], prefix: str, masks: tuple[Tensor, ...] | None) -> str:
+        """The first tensor whose shape is not that of the given masks (`None`: dense)."""
+        widths = None if masks is None else widths_of(masks)
+        for name, extents in self.plant.structure.tensors.items():
+            value = state.get(prefix + name)
+            if isinstance(value, Tensor) and tuple(value.shape) != tuple(size(e, widths) for e in extents):
+                return prefix + name
+        return ""
+
+    def _quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
+        """Is nothing of dormant units read in this dense dict?"""
+        for spot in self.plant.spots:
+            value = state.get(prefix + spot.name)
+            if not isinstance(value, Tensor):
+                continue
+            value = self.plant.own(spot.name, value)
+            for dim, index in at(spot.cuts, "silent").items():
+                if value.index_select(dim, index.to(value.device)).any():
+                    return False
+        return True
+
+    # --- optimizer state that does not say its masks --------------------------------------------
+
+    def set_aside(self) -> None:
+        """Optimizer state whose shape is not the parameter's waits until it is."""
+        for parameter, state in list(self.optimizer.state.items()):
+            if not _fits(parameter, state):
+                self.waiting[parameter] = self.optimizer.state.pop(parameter)
+
+    def admit(self) -> None:
+        for parameter, state in list(self.waiting.items()):
+            if _fits(parameter, state):
+                self.optimizer.state[parameter] = self.waiting.pop(parameter)
+
+    def require_admitted(self) -> None:
+        if self.waiting:
+            shapes = [tuple(p.shape) for p in self.waiting][:3]
+            raise RuntimeError(
+                f"optimizer: the state that was loaded does not fit the model's present widths (shapes "
+                f"{shapes}); load the model's or controller's state_dict of the same checkpoint too"
+            )
+
+
+def _fits(parameter: Tensor, state: Any) -> bool:
+    tensors = [
+        x for x in state.values() if isinstance(x, Tensor) and x.ndim == parameter.ndim and x.numel() > 1
+    ]
+    return all(all(s in (p, 1) for s, p in zip(x.shape, parameter.shape, strict=True)) for x in tensors)
+
+
+def _few(sizes: Mapping[str, object]) -> str:
+    listed = [f"{name} {value}" for name, value in list(sizes.items())[:3]]
+    return ", ".join(listed) + (", …" if len(sizes) > 3 else "")

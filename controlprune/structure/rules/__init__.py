@@ -1,0 +1,1 @@
+"""One small rule per family of operators, in one table (table.py)."""

@@ -1,0 +1,113 @@
+"""Reductions, scans and orderings: positions along an axis meet, so none of them may leave.
+
+sum over an axis with sources     a contraction with those parameters (zeroed entries add nothing)
+every other reduction or scan     the axis is pinned
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..tape.axes import Axis
+from ..tape.tape import Call, Dim, Dims, Read, Tape
+from .table import fresh, rule
+
+__all__ = ["reduced"]
+
+TOPK = "the largest of its positions are picked (topk): one that is off would still take a place"
+
+
+def _dims_of(call: Call, ndim: int) -> list[int]:
+    given = call.arguments.get("dim")
+    if given is None or given == []:
+        return list(range(ndim))
+    return [d % ndim if ndim else 0 for d in call.integers("dim")]
+
+
+def reduced(tape: Tape, call: Call, reason: str) -> Dims:
+    """Pin the reduced dimensions and take them out (or leave 1)."""
+    old = call.dims("self")
+    gone = _dims_of(call, len(old))
+    keepdim = bool(call.arguments.get("keepdim", False))
+    for d in gone:
+        if old:
+            tape.pin(old[d].axis, reason)
+    return [Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]
+
+
+@rule("sum", "linalg_vector_norm", "norm")
+def sum_(tape: Tape, call: Call) -> list[Dims]:
+    """A sum, or a p-norm: zeroed entries add nothing, so parameters are read exactly through it."""
+    old = call.dims("self")
+    keepdim = bool(call.arguments.get("keepdim", False))
+    gone = _dims_of(call, len(old))
+    for d in gone if old else ():
+        if old[d].sources and not math.isinf(_order(call)) and _order(call) > 0:
+            tape.reads.append(Read(old[d].axis, old[d].sources))
+        else:
+            tape.pin(old[d].axis, "its units are summed")
+    return [[Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]]
+
+
+def _order(call: Call) -> float:
+    """The p of a norm (2 where it is not given); a sum counts as 1."""
+    order = call.arguments.get("ord", call.arguments.get("p", 1))
+    return float(order) if isinstance(order, (int, float)) else 2.0
+
+
+@rule("mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "all", "any", "logsumexp", "var",
+      "std", "var_mean", "std_mean", "median", "nanmedian", "aminmax", "nansum", "mode", "count_nonzero",
+      "kthvalue")  # fmt: skip
+def reduction(tape: Tape, call: Call) -> list[Dims]:
+    if call.has("other"):  # max(a, b) is element by element
+        from .elementwise import elementwise
+
+        return elementwise(tape, call)
+    name = call.name.rpartition("::")[2]
+    return [
+        [dim.plain for dim in reduced(tape, call, f"its units are reduced to one number ({name})")]
+    ] * len(call.outputs)
+
+
+@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+def softmax(tape: Tape, call: Call) -> list[Dims]:
+    return _along(tape, call, "softmax runs over its units: with one off, the others would weigh more")
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort")
+def scan(tape: Tape, call: Call) -> list[Dims]:
+    return _along(tape, call, f"a scan or sort runs along it ({call.name.rpartition('::')[2]})")
+
+
+def _along(tape: Tape, call: Call, reason: str) -> list[Dims]:
+    """The shape stays; positions along `dim` depend on each other."""
+    dims = [dim.plain for dim in call.dims("self")]
+    if dims:
+        tape.pin(dims[call.integer("dim")].axis, reason)
+    return [dims] * len(call.outputs)
+
+
+@rule("topk")
+def topk(tape: Tape, call: Call) -> list[Dims]:
+    dims = [dim.plain for dim in call.dims("self")]
+    d = call.integer("dim")
+    if dims:
+        tape.pin(dims[d].axis, TOPK)
+        dims[d] = fresh([call.shape[d]])[0]
+    return [dims] * 2
+
+
+@rule("tril", "triu")
+def triangle(tape: Tape, call: Call) -> list[Dims]:
+    dims = [dim.plain for dim in call.dims("self")]
+    tape.pin_dims(dims[-2:], "its positions are compared with each other (tril, triu)")
+    return [dims]
+
+
+@rule("_local_scalar_dense", "equal", "is_nonzero", "_assert_async", "_assert_scalar", "is_same_size")
+def value(tape: Tape, call: Call) -> list[Dims]:
+    """A number goes to Python: it has no dimensions; `equal` compares all of two tensors."""
+    if call.name.endswith("equal"):
+        for entry in call.entries.values():
+            tape.pin_dims(entry.dims, "the model's code compares it as a whole")
+    return []

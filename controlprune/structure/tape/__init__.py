@@ -1,0 +1,1 @@
+"""The tape: axes of index spaces and what one traced forward pass says of them."""

@@ -1,0 +1,231 @@
+"""From the tape to the `Structure`: which leaves of the axes are groups, and what is refused and why.
+
+A leaf axis becomes a group if it is not pinned, at least one trainable parameter computes it (producer),
+at least one parameter reads it, and every contraction over it is with parameters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from ..extents import Concat, Extent, Fixed, Product, Units, groups_in
+from ..groups import Group, Refusal, Role, SizeAttribute, Slice, Structure, Work
+from .axes import Axis, factors_of, leaves, parts_of, pin
+from .tape import MEET, Source, Tape, TracedWork
+
+__all__ = ["build"]
+
+
+def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
+    """Decide every leaf of the tape's axes; `ignored` names tensors whose dimensions stay."""
+    for name in ignored:
+        for axis in tape.tensors[name]:
+            pin(axis, "in ignored_layers")
+    _pin_repeated(tape)
+    _pin_unread(tape)
+    read = _sources_by_leaf(tape.reads_by_source())
+    kept = _sources_by_leaf(tape.kept)
+    places = _places(tape)
+    trainable = {name for name, p in tape.model.named_parameters() if p.requires_grad}
+    for leaf, where in places.items():
+        if not any(name in tape.used for name, _ in where):
+            pin(leaf, "the forward on the example inputs does not use it")
+        _pin_unprunable(leaf, where, read, kept, trainable)
+    numbers: dict[Axis, int] = {}
+    for leaf in places:
+        if leaf.reason is None and leaf.size > 1:
+            numbers[leaf] = len(numbers)
+    return _structure(tape, numbers, places, read)
+
+
+def _places(tape: Tape) -> dict[Axis, list[Source]]:
+    """Where each leaf stands, in the order of the model's parameters."""
+    places: dict[Axis, list[Source]] = {}
+    for name, dims in tape.tensors.items():
+        for d, axis in enumerate(dims):
+            for leaf in dict.fromkeys(leaves(axis)):
+                places.setdefault(leaf, []).append((name, d))
+    return places
+
+
+def _sources_by_leaf(events: dict[Source, list[Axis]]) -> dict[Axis, set[Source]]:
+    found: dict[Axis, set[Source]] = {}
+    for source, axes in events.items():
+        for root in {axis.root for axis in axes}:
+            for leaf in leaves(root):
+                found.setdefault(leaf, set()).add(source)
+    return found
+
+
+def _pin_repeated(tape: Tape) -> None:
+    """A dimension that is a leaf times itself has no mask of its own."""
+
+    def visit(axis: Axis) -> set[Axis]:
+        axis = axis.root
+        if axis.parts:
+            return set().union(*(visit(part) for part in axis.parts))
+        if not axis.factors:
+            return {axis}
+        seen: set[Axis] = set()
+        for found in map(visit, axis.factors):
+            for leaf in seen & found:
+                pin(leaf, "a dimension is this index space times itself")
+            seen |= found
+        return seen
+
+    for dims in tape.tensors.values():
+        for axis in dims:
+            visit(axis)
+
+
+def _pin_unread(tape: Tape) -> None:
+    """Every leaf of a contracted axis must stand in a parameter dimension that is contracted there."""
+    for event in tape.reads:
+        covered = {leaf for name, d in event.sources for leaf in leaves(tape.tensors[name][d])}
+        for leaf in leaves(event.axis):
+            if leaf not in covered:
+                pin(leaf, MEET)
+
+
+def _pin_unprunable(
+    leaf: Axis,
+    where: list[Source],
+    read: dict[Axis, set[Source]],
+    kept: dict[Axis, set[Source]],
+    trainable: set[str],
+) -> None:
+    readers = read.get(leaf, set())
+    producers = [place for place in where if place not in readers]
+    if leaf.reason is not None:
+        return
+    if both := readers & kept.get(leaf, set()):
+        name = min(both)[0]
+        pin(leaf, f"{name} both computes and reads it")
+    elif not any(place in readers for place in where):
+        pin(leaf, "no parameter reads it")
+    elif not producers:
+        pin(leaf, "no parameter computes it")
+    elif not any(name in trainable for name, _ in producers):
+        pin(leaf, "what computes it is frozen")
+
+
+def _extent(axis: Axis, numbers: dict[Axis, int]) -> Extent:
+    """The axis as a term over groups; neighbours that are fixed are merged."""
+    axis = axis.root
+    if axis in numbers:
+        return Units(numbers[axis], axis.size)
+    children = factors_of(axis) if axis.factors else parts_of(axis) if axis.parts else []
+    inner = [_extent(child, numbers) for child in children]
+    if not any(groups_in(extent) for extent in inner):
+        return Fixed(axis.size)
+    merged: list[Extent] = []
+    for extent in inner:
+        last = merged[-1] if merged else None
+        if isinstance(extent, Fixed) and isinstance(last, Fixed):
+            length = last.length * extent.length if axis.factors else last.length + extent.length
+            merged[-1] = Fixed(length)
+        else:
+            merged.append(extent)
+    return Product(tuple(merged)) if axis.factors else Concat(tuple(merged))
+
+
+def _structure(
+    tape: Tape, numbers: dict[Axis, int], places: dict[Axis, list[Source]], read: dict[Axis, set[Source]]
+) -> Structure:
+    tensors = {n: tuple(_extent(axis, numbers) for axis in dims) for n, dims in tape.tensors.items()}
+    names: Counter[str] = Counter()
+    kinds = dict(tape.model.named_modules())
+    groups = []
+    for leaf in numbers:
+        slices = []
+        for tensor, d in places[leaf]:
+            role: Role = "reader" if (tensor, d) in read.get(leaf, ()) else "producer"
+            slices.append(Slice(tensor, d, tensors[tensor][d], role))
+        name, kind = _name(slices, numbers[leaf], kinds)
+        names[name] += 1
+        name = name if names[name] == 1 else f"{name}:{names[name]}"
+        groups.append(Group(name, leaf.size, kind, tuple(slices)))
+    known: dict[Axis, Extent] = {}
+    work, traffic, activations = (
+        [_work(traced, numbers, known) for traced in terms]
+        for terms in (tape.work, tape.traffic, tape.activations)
+    )
+    attributes = tuple(
+        SizeAttribute(module, attribute, index, extent)
+        for (module, attribute, index), axis in tape.attributes.items()
+        if groups_in(extent := _extent(axis, numbers))
+    )
+    parameters = frozenset(name for name, _ in tape.model.named_parameters())
+    refused = _refusals(places, read, parameters)
+    return Structure(
+        groups=tuple(groups),
+        refused=refused,
+        tensors=tensors,
+        parameters=parameters,
+        attributes=attributes,
+        work=tuple(work),
+        traffic=merged(traffic),
+        activations=tuple(activations),
+        aliases=dict(tape.aliases),
+    )
+
+
+def _work(traced: TracedWork, numbers: dict[Axis, int], known: dict[Axis, Extent]) -> Work:
+    for axis in traced.factors:
+        if axis.root not in known:
+            known[axis.root] = _extent(axis, numbers)
+    factors = tuple(known[axis.root] for axis in traced.factors)
+    return Work(traced.where, traced.operator, traced.coefficient, factors)
+
+
+def merged(terms: Iterable[Work]) -> tuple[Work, ...]:
+    """Terms of the same operator, place and factors added up."""
+    total: dict[tuple[str, str, tuple[Extent, ...]], int] = {}
+    for term in terms:
+        key = (term.where, term.operator, term.factors)
+        total[key] = total.get(key, 0) + term.coefficient
+    return tuple(Work(where, operator, n, factors) for (where, operator, factors), n in total.items())
+
+
+def _refusals(
+    places: dict[Axis, list[Source]], read: dict[Axis, set[Source]], parameters: frozenset[str]
+) -> tuple[Refusal, ...]:
+    """One line for each pinned axis that parameters compute; one tensor dimension is told once per reason."""
+    found: dict[tuple[str, str, int], None] = {}
+    for leaf, where in places.items():
+        producers = [name for name, d in where if name in parameters and (name, d) not in read.get(leaf, ())]
+        if leaf.reason and producers:
+            found[(_owner(producers[0]), leaf.reason, leaf.size)] = None
+    return tuple(Refusal(name, size, reason) for name, reason, size in found)
+
+
+def _owner(tensor: str) -> str:
+    """Module path of a tensor; the tensor itself where it stands at the top."""
+    return tensor.rpartition(".")[0] or tensor
+
+
+def _name(slices: list[Slice], group: int, modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """(name, kind) of a group, by the first tensor that computes it."""
+    producers = [s for s in slices if s.role == "producer"]
+    matrices = [s for s in producers if not isinstance(s.extent, Fixed) and s.tensor.endswith("weight")]
+    first = (matrices or producers)[0]
+    owner = _owner(first.tensor)
+    convolution = isinstance(modules.get(owner), nn.modules.conv._ConvNd)
+    return owner, _kind(first.extent, group, "channel" if convolution else "neuron")
+
+
+def _kind(extent: Extent, group: int, plain: str) -> str:
+    match extent:
+        case Product(factors):
+            free = [factor for factor in factors if groups_in(factor)]
+            if len(free) == 1 and len(factors) == 2 and isinstance(factors[0], Fixed):
+                return f"{plain} member" if factors[0].length > 1 else plain
+            outer = "group" if plain == "channel" else "head"
+            return outer if group in groups_in(free[0]) else f"{outer} member"
+        case Concat(parts):
+            return _kind(next(part for part in parts if group in groups_in(part)), group, plain)
+        case _:
+            return plain

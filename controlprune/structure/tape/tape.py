@@ -1,0 +1,288 @@
+"""The tape: what one or more forward passes of a model say about its index spaces.
+
+Every tensor seen has one `Dim` per dimension: its `Axis`, and the *sources* of the dimension, which are
+the parameter dimensions it is a plain view of. Zero index i of a source and the tensor is zero there, so
+
+    contraction over an axis with sources   ->  a *reader*: zeroing its columns removes the unit exactly
+    contraction over an axis without        ->  two activations meet: the axis is pinned
+
+`Tape` holds the facts; the rules (`rules_*.py`) write them, `structure/tape/build.py` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..tape import axes
+from .axes import Axis, Misfit
+
+__all__ = ["MEET", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
+
+MEET = "two activations are multiplied and summed over it (as queries and keys are)"
+
+Source: TypeAlias = tuple[str, int]  # (parameter name, dimension)
+UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a tensor in the trace."""
+
+    axis: Axis
+    sources: frozenset[Source] = frozenset()
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+    @property
+    def plain(self) -> Dim:
+        """The same index space, no longer a view of parameters."""
+        return Dim(self.axis)
+
+
+Dims: TypeAlias = "list[Dim]"
+
+
+@dataclass(frozen=True)
+class Read:
+    """`axis` is contracted with the parameter dimensions `sources`."""
+
+    axis: Axis
+    sources: frozenset[Source]
+
+
+@dataclass(frozen=True)
+class TracedWork:
+    """FLOPs of one operator, or bytes that it writes: coefficient × Π sizes of the axes."""
+
+    where: str
+    operator: str
+    coefficient: int
+    factors: tuple[Axis, ...]
+
+
+@dataclass
+class Entry:
+    """What is known of a tensor. `weight`: computed from parameters alone, the same in every forward."""
+
+    dims: Dims
+    weight: bool = False
+    pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once the tensor is used
+
+
+@dataclass
+class Call:
+    """One operator call as a rule sees it: arguments by their names in the operator's schema."""
+
+    name: str
+    arguments: dict[str, object]
+    outputs: list[Tensor]
+    entries: dict[int, Entry]  # id(tensor argument) -> entry
+    pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once an output is used
+    storages: frozenset[int] = frozenset()  # of the tensor arguments
+    writes: bool = False  # it changes an argument in place
+
+    def dims(self, argument: str) -> Dims:
+        return self.entries[id(self.arguments[argument])].dims
+
+    def has(self, argument: str) -> bool:
+        return isinstance(self.arguments.get(argument), Tensor)
+
+    def weight(self, argument: str) -> bool:
+        return self.entries[id(self.arguments[argument])].weight
+
+    def integer(self, argument: str) -> int:
+        value = self.arguments[argument]
+        assert isinstance(value, int)
+        return value
+
+    def integers(self, argument: str) -> list[int]:
+        value = self.arguments[argument]
+        return [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+
+    def tensors(self, argument: str) -> list[Dims]:
+        return [self.entries[id(tensor)].dims for tensor in self.arguments[argument]]  # type: ignore[union-attr]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the first output."""
+        return self.outputs[0].shape
+
+
+@dataclass
+class Tape:
+    """Facts of a trace, and the verbs that rules use to add to them."""
+
+    model: nn.Module
+    tensors: dict[str, list[Axis]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    kept: dict[Source, list[Axis]] = field(default_factory=dict)
+    work: list[TracedWork] = field(default_factory=list)
+    traffic: list[TracedWork] = field(default_factory=list)
+    activations: list[TracedWork] = field(default_factory=list)
+    attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
+    where: str = ""
+    counting: bool = True
+
+    def __post_init__(self) -> None:
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._views: dict[tuple[object, ...], str] = {}
+        self._named: dict[str, Entry] = {}
+        self._owners: dict[int, str] = {}
+        for name, tensor, is_parameter in _named_tensors(self.model):
+            self._register(name, tensor, is_parameter)
+
+    def _register(self, name: str, tensor: Tensor, is_parameter: bool) -> None:
+        if (owner := self._owners.get(id(tensor))) is not None:
+            self.aliases[name] = owner
+            return
+        self._owners[id(tensor)] = name
+        self.tensors[name] = [Axis(length) for length in tensor.shape]
+        dims = [
+            Dim(axis, frozenset({(name, d)}) if is_parameter else frozenset())
+            for d, axis in enumerate(self.tensors[name])
+        ]
+        self._entries[tensor] = Entry(dims, weight=True)
+        if (key := _view_key(tensor)) is not None:
+            self._views.setdefault(key, name)
+            self._named.setdefault(name, self._entries[tensor])
+
+    # --- tensors ---------------------------------------------------------------------------------
+
+    def entry(self, tensor: Tensor) -> Entry:
+        """What is known of the tensor; one never seen before is a constant of the model's code."""
+        known = self._entries.get(tensor)
+        if known is not None and len(known.dims) == tensor.dim():
+            if (owner := self._owners.get(id(tensor))) is not None:
+                self.used.add(owner)
+            while known.pending:
+                self.pin(*known.pending.pop())
+            return known
+        name = self._views.get(key) if (key := _view_key(tensor)) is not None else None
+        if name is not None:
+            self.used.add(name)
+            return self._named[name]
+        reason = "it meets a tensor that the model keeps outside its parameters and buffers"
+        entry = Entry([Dim(Axis(length, reason)) for length in tensor.shape], weight=True)
+        self._entries[tensor] = entry
+        return entry
+
+    def set(self, tensor: Tensor, dims: Dims, weight: bool, pending: Iterable[tuple[Axis, str]] = ()) -> None:
+        if id(tensor) not in self._owners:
+            self._entries[tensor] = Entry(dims, weight, list(pending))
+
+    def owned(self, tensor: Tensor) -> bool:
+        """Is it a parameter or buffer of the model?"""
+        return id(tensor) in self._owners
+
+    def reads_by_source(self) -> dict[Source, list[Axis]]:
+        found: dict[Source, list[Axis]] = {}
+        for read in self.reads:
+            for source in read.sources:
+                found.setdefault(source, []).append(read.axis)
+        return found
+
+    # --- verbs -----------------------------------------------------------------------------------
+
+    def pin(self, axis: Axis, reason: str) -> None:
+        place = f" (in {self.where})" if reason and self.where else ""
+        axes.pin(axis, reason and reason + place)
+
+    def pin_dims(self, dims: Iterable[Dim], reason: str) -> None:
+        for dim in dims:
+            self.pin(dim.axis, reason)
+
+    def unify(self, *group: Axis) -> Axis:
+        first = group[0]
+        for other in group[1:]:
+            first = axes.unify(first, other)
+        return first
+
+    def regroup(self, old: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
+        """`axes.regroup`, pinning everything where it can't be done."""
+        try:
+            return axes.regroup(old, sizes)
+        except Misfit:
+            for axis in old:
+                self.pin(axis, axes.MISFIT)
+            return [Axis(length, axes.MISFIT) for length in sizes]
+
+    def segment(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """`axes.segment`, pinning everything where it can't be done."""
+        try:
+            return axes.segment(axis, sizes)
+        except Misfit:
+            self.pin(axis, axes.MISFIT)
+            return [Axis(length, axes.MISFIT) for length in sizes]
+
+    def keep(self, dims: Iterable[Dim]) -> None:
+        """These dimensions of parameters are used unit by unit (not contracted)."""
+        for dim in dims:
+            for source in dim.sources:
+                self.kept.setdefault(source, []).append(dim.axis)
+
+    def contract(self, left: Dim, right: Dim, *, weight_first: bool = False) -> Axis:
+        """The product of two tensors is summed over this dimension of both."""
+        axis = self.unify(left.axis, right.axis)
+        order = (left, right) if weight_first else (right, left)
+        reader = next((dim for dim in order if dim.sources), None)
+        if reader is None:
+            self.pin(axis, MEET)
+            return axis
+        self.reads.append(Read(axis, reader.sources))
+        self.keep([left if reader is right else right])
+        return axis
+
+    def count(self, operator: str, coefficient: int, *factors: Axis) -> None:
+        """Record FLOPs = coefficient × Π sizes."""
+        if self.counting:
+            self.work.append(TracedWork(self.where, operator, coefficient, factors))
+
+    def write(self, call: Call, output: Tensor, dims: Dims) -> None:
+        """Record what the operator writes in eval mode, and what it allocates in training mode."""
+        new = storage_of(output) not in call.storages
+        axes = tuple(dim.axis for dim in dims)
+        if self.counting and (new or call.writes) and not call.name.startswith(UNWRITTEN):
+            self.traffic.append(TracedWork(self.where, call.name, output.element_size(), axes))
+        elif new and not self.counting:
+            self.activations.append(TracedWork(self.where, call.name, output.element_size(), axes))
+
+    def bind(self, module: str, attribute: str, index: int | None, axis: Axis) -> None:
+        """`module.attribute` is the size of `axis`; two axes of one attribute are one axis."""
+        key = (module, attribute, index)
+        known = self.attributes.get(key)
+        if known is None or known.size != axis.size:
+            self.attributes.setdefault(key, axis)
+        else:
+            self.unify(known, axis)
+
+
+Rule: TypeAlias = Callable[[Tape, Call], "list[Dims]"]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identifies the memory that a tensor lies in while it lives; 0 where it has none of its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else 0
+
+
+def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter, True
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        yield name, buffer, False
+
+
+def _view_key(tensor: Tensor) -> tuple[object, ...] | None:
+    """Identifies `parameter.data`, which makes a new tensor on the same memory without an operator."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.numel() == 0:
+        return None
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

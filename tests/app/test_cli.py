@@ -1,0 +1,173 @@
+"""The command line, as its user meets it: results where it says, one line for a mistake, no tracebacks."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from runs import made_up_run
+
+from controlprune import load
+from controlprune.app.cli import main
+from controlprune.app.compare import accuracy, count_flops
+from controlprune.app.demo import Progress
+from controlprune.app.tasks import load as load_task
+from controlprune.loop.history import History
+
+MODULE = """
+from torch import nn
+def net():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+def needs_width(width):
+    return nn.Linear(width, 2)
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "their_nets.py").write_text(MODULE)
+    (tmp_path / "broken_nets.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@dataclass
+class Trained:
+    folder: Path
+    out: str
+    err: str
+    threads: int
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One short run of the whole job, started on two threads."""
+    folder = tmp_path_factory.mktemp("trained") / "a" / "b"
+    out, err = io.StringIO(), io.StringIO()
+    torch.set_num_threads(2)
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(
+            ["train", "digits", "--steps", "20", "--budget", "0.5", "--seed", "1", "--out", str(folder)]
+        )
+    assert code == 0
+    return Trained(folder, out.getvalue(), err.getvalue(), torch.get_num_threads())
+
+
+def test_train_compares_the_three_and_leaves_all_it_says(trained: Trained) -> None:
+    for side in ("dense", "controlled", "same size from scratch"):
+        assert sum(line.startswith(side) for line in trained.out.splitlines()) == 1
+    for name in ("dynamics.png", "history.jsonl", "model.safetensors"):
+        assert f"{trained.folder / name}" in trained.out
+        assert (trained.folder / name).stat().st_size > 0
+    assert "100 %" in trained.err, "progress goes to stderr and ends"
+    assert trained.threads == 2, "the number of threads is put back"
+
+
+def test_the_record_of_a_run_ends_inside_the_budget_and_can_be_reported(
+    trained: Trained, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert History.read(trained.folder / "history.jsonl")[-1].realised["flops"] <= 0.5
+    assert main(["report", str(trained.folder / "history.jsonl"), "--out", "again.png"]) == 0
+    assert "stem.conv" in capsys.readouterr().out
+    assert (here / "again.png").exists()
+
+
+def test_the_compact_model_is_given_back_from_its_file_and_is_as_small_as_the_table_says(
+    trained: Trained,
+) -> None:
+    task = load_task("digits")
+    model = load(trained.folder / "model.safetensors", task.factory())
+    assert count_flops(model, task.example()) <= 0.5 * count_flops(task.factory(), task.example())
+    found = 100 * accuracy(model, *task.test)
+    (line,) = (line for line in trained.out.splitlines() if line.startswith("controlled"))
+    assert f"{found:.2f} %" in line
+
+
+def test_profile_shows_the_groups_of_a_users_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "their_nets:net", "--input", "3,4"]) == 0
+    text = capsys.readouterr().out
+    assert "units" in text
+    assert "flops" in text
+
+
+def test_profile_measures_where_it_is_asked_to(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "their_nets:net", "--input", "3,4", "--measure"]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["memory"].rstrip().endswith("B")
+    assert rows["latency"].rstrip().endswith("s")
+
+
+def test_report_tells_and_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_up_run().write(tmp_path / "run.jsonl")
+    assert main(["report", str(path)]) == 0
+    assert "layers.0.conv1" in capsys.readouterr().out
+    assert (tmp_path / "run.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "none.jsonl"], "cannot read none.jsonl"),
+        (["report", "their_nets.py"], "is not a controlprune history"),
+        (["profile", "nets", "--input", "1"], "is not MODULE:FACTORY"),
+        (["profile", "no_such_module:f", "--input", "1"], "cannot import no_such_module"),
+        (["profile", "broken_nets:net", "--input", "1"], "cannot import broken_nets: ZeroDivisionError"),
+        (["profile", "their_nets:absent", "--input", "1"], "nets has no absent"),
+        (["profile", "their_nets:needs_width", "--input", "1,4"], "cannot be called without arguments"),
+        (["profile", "their_nets:number", "--input", "1,4"], "made a int, not a torch.nn.Module"),
+        (["profile", "their_nets:net", "--input", "1,5"], "does not run on a float input of shape 1,5"),
+        (["train", "mnist", "--data", "nowhere"], "no nowhere/mnist/train.parquet"),
+        (["train", "digits", "--steps", "5", "--budget", "0.000001"], "feasible"),
+        (["train", "digits", "--steps", "5", "--out", "their_nets.py"], "is a file"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("controlprune: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--budget", "1.5"], "no fraction of dense"),
+        (["demo", "--budget", "nan"], "no fraction of dense"),
+        (["demo", "--budget", "3 apples"], "no fraction of dense"),
+        (["train", "digits", "--steps", "0"], "no positive whole number"),
+        (["profile", "a:b", "--input", "1,x"], "no shape"),
+        ([], "required"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_rewrites_its_line_on_a_terminal_and_is_sparing_elsewhere() -> None:
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        progress = Progress(stream, total=100).start()
+        for _ in range(50):
+            progress.advance(2, "working")
+    assert terminal.getvalue().count("\r") == 50
+    assert terminal.getvalue().count("\n") == 1
+    assert file.getvalue().count("\n") == 10
