@@ -19,8 +19,11 @@ from ..cost.energy_meter import choose_meter
 from ..cost.forward_time import Gauge
 from ..cost.grid import Steps, group_multiples
 from ..cost.instruments import Instruments
+from ..cost.optimizer_state import require_carried
 from ..cost.problem import make_setting
 from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
+from ..plant.joint import as_one
+from ..plant.optimizer import require_nothing_beside
 from ..policies.base import Policy, Setting
 from ..policies.feedback.control import Control
 from ..structure import analyse
@@ -35,7 +38,7 @@ __all__ = ["attach"]
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     budget: Budget | Price,
     example_inputs: Any,
@@ -50,10 +53,12 @@ def attach(
 ) -> Controller:
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
-    `model` may stand in DistributedDataParallel, or be wrapped later; where its parameters are sharded, give
-    `controlprune.trace` of the plain model as `example_inputs`. Else these are a tuple (positional) or a dict
-    (keyword) that it accepts; FLOPs and memory are counted on them (for absolute run totals give the batch of
-    a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
+    `optimizer`: the one that steps the model, as it is or as a framework wrapped it (AcceleratedOptimizer),
+    or a list of those that each step a part. `model` may stand in DistributedDataParallel, or be wrapped
+    later; where its parameters are sharded, give `controlprune.trace` of the plain model as `example_inputs`.
+    Else these are a tuple (positional) or a dict (keyword) that it accepts; FLOPs and memory are counted on
+    them (for absolute run totals give the batch of a training step). `deploy_inputs`: what latency and
+    energy are measured on, None: the same.
     `round_to`: width multiple; None: what the device was measured to run well (cost/grid.py). `park_on`: the
     device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
     None: where they are. Where latency, energy or time is under budget, the C library keeps up to 62 MiB of
@@ -63,7 +68,9 @@ def attach(
     """
     policy = Control() if policy is None else policy
     given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
-    _check_arguments(model, optimizer, budget, total_steps, policy)
+    _check_arguments(model, budget, total_steps, policy)
+    optimizer = as_one(optimizer)
+    require_nothing_beside(optimizer)
     instruments = _metered(instruments or Instruments(), budget, model)
     parking = _parking(park_on)
     sharded = _sharded(model, example_inputs, policy)
@@ -74,6 +81,8 @@ def attach(
         traced = trace(model, example_inputs, ignored_layers=ignored_layers)
     structure = traced.structure
     _check_optimizer_covers(model, optimizer, structure)
+    if not sharded:
+        require_carried(optimizer, _touched(model, structure))
     named, measures = _named(budget), round_to is None and not sharded
     timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
     if timed:
@@ -169,15 +178,11 @@ def _named(budget: Budget | Price) -> list[str]:
     return list(budget.targets() if isinstance(budget, Budget) else budget.prices())
 
 
-def _check_arguments(
-    model: object, optimizer: object, budget: object, total_steps: object, policy: object
-) -> None:
+def _check_arguments(model: object, budget: object, total_steps: object, policy: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer={type(optimizer).__name__}: give a torch.optim.Optimizer")
     require_budget(budget)
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(
@@ -202,14 +207,16 @@ def _parking(park_on: object) -> torch.device | None:
     return device
 
 
+def _touched(model: nn.Module, structure: Structure) -> dict[str, nn.Parameter]:
+    """The parameters in which units stand."""
+    names = {part.tensor for group in structure.groups for part in group.slices}
+    return {name: p for name, p in model.named_parameters() if name in names}
+
+
 def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    touched = {part.tensor for group in structure.groups for part in group.slices}
-    missing = [
-        name
-        for name, p in model.named_parameters()
-        if name in touched and p.requires_grad and id(p) not in held
-    ]
+    touched = _touched(model, structure)
+    missing = [name for name, p in touched.items() if p.requires_grad and id(p) not in held]
     if missing:
         raise ValueError(
             f"optimizer: it does not hold {len(missing)} trainable parameters of prunable layers "

@@ -125,12 +125,17 @@ class Controller(Wiring):
     # --- the loop -------------------------------------------------------------------------------
 
     @uninterrupted
-    def step(self, loss: Tensor | float) -> None:
-        """A training step with this loss is done. Call it after `optimizer.step()`."""
+    def step(self, loss: Tensor | float | None = None) -> None:
+        """A training step with this loss is done. Call it after `optimizer.step()`.
+
+        `loss`: None where a framework does not give it: what the optimizer's closure returned, or unknown.
+        It may be called for each of several batches whose gradients accumulate, or once for all of them.
+        """
         self._require_live("step")
         started = time.process_time()
         self._metering.enter()
-        full = self._intake.after_step(loss)
+        wanted = self._loop.wants_gradients(self.steps + 1)
+        full = self._intake.after_step(loss, wanted=wanted)
         self.steps += 1
         self._metering.step()
         if self.steps == self._setting.total_steps + 1:
@@ -139,8 +144,13 @@ class Controller(Wiring):
                 "masks hold from here on",
                 stacklevel=3,
             )
+        trouble = self._intake.cadence.trouble(self._setting.total_steps)
+        if trouble:
+            warnings.warn(f"controlprune: nothing is controlled: {trouble}", stacklevel=3)
         self._replicas.watch_for_ddp(self.model, self.replicate)
-        if self._due:
+        if self._due and self._intake.idle and self._replicas.alone:
+            self._postponed = True
+        elif self._due:
             self._update()
         elif full and self._replicas.alone:
             self._read()
@@ -259,7 +269,9 @@ class Controller(Wiring):
 
     def _close(self) -> None:
         self._live = False
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self._strangers.remove()
         self._recorder.disarm()
         self._replicas.close()
         self._checkpoints.remove()
@@ -292,8 +304,8 @@ class Controller(Wiring):
             "budget": plain_budget(self._budget),
             "survey": self._survey.state_dict(),
             "accounts": self._metering.accounts.state_dict(),
-            "counts": [self.steps, self._gauged_at, self._intake.skipped, self._intake.bad_in_a_row],
-            "unread": self._intake.state_dict(),
+            "counts": [self.steps, self._gauged_at, int(self._postponed)],
+            "intake": self._intake.state_dict(),
             "loss": self._loss,
             "layouts": self._layouts.state_dict(),
             "seconds": [time.process_time() - self._began, self._overhead],
@@ -314,13 +326,12 @@ class Controller(Wiring):
             loop.load_state_dict(state["loop"])
             new_history(self._setting).load_state_dict(state["history"])
             accounts = self._metering.restored(budget, state["accounts"])
-            require_alike({"counts": [0, 0, 0, 0]}, {"counts": state["counts"]})
-            steps, gauged_at, skipped, bad = state["counts"]
+            require_alike({"counts": [0, 0, 0]}, {"counts": state["counts"]})
+            steps, gauged_at, postponed = state["counts"]
             seconds, overhead = (float(x) for x in state["seconds"])
             layouts, loss = Layouts.of(state["layouts"]), float(state["loss"])
             intake = Intake(self._plant)
-            intake.load_state_dict(state["unread"])
-            intake.skipped, intake.bad_in_a_row = skipped, bad
+            intake.load_state_dict(state["intake"])
             shapes = self._shapes
             self._checkpoints.set_aside()
             self._plant.load_state_dict(state["plant"])
@@ -340,6 +351,7 @@ class Controller(Wiring):
         self._metering.take(accounts, survey, self._held)
         self.history.load_state_dict(state["history"])
         self.steps, self._gauged_at, self._loss = steps, gauged_at, loss
+        self._postponed = bool(postponed)
         self._overhead, self._began = overhead, time.process_time() - seconds
         self._recorder.disarm()
         self._arm()

@@ -1,19 +1,26 @@
 """The intake: what the user's steps bring, with one verdict on each.
 
     optimizer.step()   (its pre-hook)   gradients are there; the gate gradients are read, if asked for
-    controller.step(L)                  the loss; the step joins the unread
+    controller.step(L)                  the loss, where it is given; the step joins the unread
     unread(), accept(…)                 all unread steps, in order: on a GPU one synchronisation for all
 
-A step is **good** if the optimizer ran and its loss and gate gradients are finite. Any other is counted as
-skipped, and after `REPEATED` in a row the user is told, once per streak. Between the two calls the losses and
-verdicts of many replicas may be averaged: the loss is then the mean, and all of them must have run.
+Under a closure gradients are there when it returns: the hook puts a wrapper around it, and what it returns is
+the loss of a step that gives none. Where `step` is called for each of several batches whose gradients
+accumulate, what was asked for while the optimizer did not run is read when it does (`owed`). Several
+optimizers each bring the part of the gradients that they hold.
+
+A step is **good** if the optimizer ran with gradients and its loss (where given) and gate gradients are
+finite, **idle** if it did not. Any other is counted as skipped, and after `REPEATED` in a row the user is
+told, once per streak. Between the two calls the losses and verdicts of many replicas may be averaged: the
+loss is then the mean, and all of them must have run.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +28,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..plant.joint import stepped
 from ..plant.plant import Plant
+from .cadence import REPEATED, Cadence
 
-__all__ = ["Intake", "Step"]
+__all__ = ["Intake", "Step", "when_closed"]
 
-REPEATED = 10
 PATIENCE = 8  # steps that wait to be read together
 
 
@@ -33,7 +41,7 @@ PATIENCE = 8  # steps that wait to be read together
 class Step:
     """One step, read: its loss, its verdict, the gate gradients if they were read (NaN: unit absent)."""
 
-    loss: float  # the mean over all replicas
+    loss: float  # the mean over all replicas; nan: not given
     own: float  # on this one
     good: bool
     row: Tensor | None
@@ -41,8 +49,8 @@ class Step:
 
 @dataclass
 class Unread:
-    loss: Tensor
-    ran: bool
+    loss: Tensor | None
+    ran: bool  # the optimizer, with gradients
     row: Tensor | None
     live: tuple[Tensor, ...] | None  # the masks when it was read, where the others are absent
 
@@ -52,33 +60,54 @@ class Intake:
 
     def __init__(self, plant: Plant) -> None:
         self.plant = plant
-        self.skipped = 0
+        self.cadence = Cadence()
+        self.spoilt = 0  # steps whose loss or gradients were not finite
         self.bad_in_a_row = 0
+        self.fresh = False  # was the last step read a good one?
+        self.idle = False  # had the last step no new gradients?
+        self.owed = False  # gate gradients were asked for and the optimizer has not run since
         self._ran = False  # the optimizer, since the last step
-        self._gradients = True  # there were some when it ran
-        self._row: Tensor | None = None
+        self._gradients = False  # there were some when it ran
+        self._returned: object = None  # by its closure
+        self._rows: dict[Optimizer, Tensor] = {}
         self._live: tuple[Tensor, ...] | None = None
         self._unread: list[Unread] = []
 
-    def before_step(self, optimizer: Optimizer, *, read: bool) -> None:
-        """The optimizer is about to run."""
-        self._ran, self._gradients, self._row = True, self.plant.has_gradients, None
-        if self._gradients and read:
-            self._row = _unscaled(self.plant.gate_gradient(), optimizer)
+    @property
+    def skipped(self) -> int:
+        return self.spoilt + self.cadence.skipped
+
+    def before_step(self, optimizer: Optimizer, returned: object = None, *, read: bool) -> None:
+        """The optimizer has its gradients; `returned`: by its closure."""
+        gradients = self.plant.has_gradients
+        self._ran, self._gradients, self._returned = True, self._gradients or gradients, returned
+        self._rows.pop(optimizer, None)
+        if gradients and (read or self.owed):
+            self._rows[optimizer] = _unscaled(self.plant.gate_gradient(self._part(optimizer)), optimizer)
             self._live = self.plant.masks if self.plant.compact else None
 
-    def after_step(self, loss: object) -> bool:
-        """The step is over; should it be read now? On the host reading is cheap, but rows take memory."""
-        value = _scalar(loss)
-        if self._ran and not self._gradients:
-            raise RuntimeError(
-                "step: no parameter of the prunable layers had a gradient when optimizer.step() ran; call "
-                "loss.backward() before it, zero_grad() after it, and train the model that is attached"
-            )
-        self._unread.append(Unread(value, self._ran, self._row, self._live))
-        self._ran, self._row = False, None
-        full = self._unread[-1].row is not None or len(self._unread) >= PATIENCE
-        return full and value.device.type == "cpu"
+    def _part(self, optimizer: Optimizer) -> set[int] | None:
+        """The parameters of one of several optimizers."""
+        if self.plant.optimizer is None or len(stepped(self.plant.optimizer)) == 1:
+            return None
+        return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def after_step(self, loss: object, *, wanted: bool) -> bool:
+        """The step is over; should it be read now? On the host reading is cheap, but rows take memory.
+
+        `wanted`: were gate gradients asked for?
+        """
+        given = _scalar(self._returned if loss is None else loss, strict=loss is not None)
+        self.cadence.call(ran=self._ran, gradients=self._gradients)
+        self.owed = not self._gradients and (wanted or self.owed)
+        row = sum(self._rows.values()) if self._rows else None
+        assert row is None or isinstance(row, Tensor)
+        self.idle = not (self._ran and self._gradients)
+        self._unread.append(Unread(given, not self.idle, row, self._live))
+        self._ran, self._gradients, self._returned = False, False, None
+        self._rows = {}
+        full = row is not None or len(self._unread) >= PATIENCE
+        return full and all(x is None or x.device.type == "cpu" for x in (given, row))
 
     def without_data(self) -> None:
         """A step of the other replicas, for which this one had no data."""
@@ -87,10 +116,13 @@ class Intake:
     def unread(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the n unread steps, oldest first: losses (n), verdicts (n: the optimizer ran), rows (k, U)."""
         n = len(self._unread)
-        losses = torch.stack([u.loss.float() for u in self._unread]).cpu() if n else torch.zeros(0)
+        nothing = torch.tensor(math.nan)
+        device = next((u.loss.device for u in self._unread if u.loss is not None), nothing.device)
+        losses = [(nothing if u.loss is None else u.loss).float().to(device) for u in self._unread]
         rows = [u.row for u in self._unread if u.row is not None]
         ran = torch.tensor([float(u.ran) for u in self._unread])
-        return losses, ran, torch.stack(rows).cpu() if rows else torch.zeros(0, sum(self._sizes))
+        known = torch.stack(losses).cpu() if n else torch.zeros(0)
+        return known, ran, torch.stack(rows).cpu() if rows else torch.zeros(0, sum(self._sizes))
 
     def accept(self, own: Tensor, losses: Tensor, ran: Tensor, rows: Tensor) -> list[Step]:
         """The unread steps: losses and verdicts as all replicas see them, and what `unread` gave here."""
@@ -98,10 +130,12 @@ class Intake:
         steps: list[Step] = []
         columns = zip(self._unread, own.tolist(), losses.tolist(), ran.tolist(), strict=True)
         for unread, mine, loss, share in columns:
-            good, row = share == 1.0 and math.isfinite(loss), None
+            good, row = share == 1.0 and (unread.loss is None or math.isfinite(loss)), None
             if unread.row is not None:
                 good, row = next(finite) and good, _as_observed(next(seen), unread.live)
-            self._count(good)
+            if share > 0.0:
+                self._count(good)
+            self.fresh = good
             steps.append(Step(loss, mine, good, row))
         self._unread.clear()
         return steps
@@ -110,41 +144,77 @@ class Intake:
     def _sizes(self) -> tuple[int, ...]:
         return self.plant.structure.sizes
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The unread steps (none but among replicas, which read together)."""
-        return [
+    def clear(self) -> None:
+        """The unread steps were the others' to read."""
+        self._unread.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the unread steps (none but among replicas, which read together)."""
+        steps = [
             {
-                "loss": float(u.loss),
+                "loss": None if u.loss is None else float(u.loss),
                 "ran": u.ran,
                 "row": None if u.row is None else u.row.cpu(),
                 "live": None if u.live is None else torch.cat(u.live),
             }
             for u in self._unread
         ]
+        return {
+            "steps": steps,
+            "counts": [self.spoilt, self.bad_in_a_row, int(self.owed), int(self.fresh)],
+            "cadence": self.cadence.state_dict(),
+        }
 
-    def load_state_dict(self, state: list[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         units = sum(self._sizes)
         found = []
-        for entry in state:
-            row, live = entry["row"], entry["live"]
+        for entry in state["steps"]:
+            loss, row, live = entry["loss"], entry["row"], entry["live"]
             if any(x is not None and x.shape != (units,) for x in (row, live)):
                 raise ValueError(f"an unread step is not of {units} units")
             masks = None if live is None else live.bool().split(self._sizes)
-            found.append(Unread(torch.tensor(float(entry["loss"])), bool(entry["ran"]), row, masks))
+            loss = None if loss is None else torch.tensor(float(loss))
+            found.append(Unread(loss, bool(entry["ran"]), row, masks))
+        spoilt, bad, owed, fresh = (int(n) for n in state["counts"])
+        self.cadence.load_state_dict(state["cadence"])
+        self.spoilt, self.bad_in_a_row, self.owed, self.fresh = spoilt, bad, bool(owed), bool(fresh)
         self._unread = found
 
     def _count(self, good: bool) -> None:
         if good:
             self.bad_in_a_row = 0
             return
-        self.skipped += 1
+        self.spoilt += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row == REPEATED:
             warnings.warn(
                 f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, "
-                "or the optimizer skipped them); the masks hold until one is good",
+                "or the optimizer of another replica skipped them); the masks hold until one is good",
                 stacklevel=6,
             )
+
+
+def when_closed(
+    args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[object], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call `then` when an optimizer that is called with these has its gradients; the arguments to go on with.
+
+    That is now (None: they are as they were), or whenever the closure has returned its loss.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        then(None)
+        return None
+
+    @functools.wraps(closure)
+    def closed(*inner: Any, **named: Any) -> Any:
+        loss = closure(*inner, **named)
+        then(loss)
+        return loss
+
+    return (args[0], closed, *args[2:]) if len(args) > 1 else args, (
+        kwargs if len(args) > 1 else {**kwargs, "closure": closed}
+    )
 
 
 def _as_observed(row: Tensor, live: tuple[Tensor, ...] | None) -> Tensor:
@@ -152,14 +222,19 @@ def _as_observed(row: Tensor, live: tuple[Tensor, ...] | None) -> Tensor:
     return row if live is None else row.masked_fill(~torch.cat(live), math.nan)
 
 
-def _scalar(loss: object) -> Tensor:
-    if isinstance(loss, Tensor):
+def _scalar(loss: object, *, strict: bool) -> Tensor | None:
+    """A copy: the user may change the tensor. `strict`: it was given as the loss, and not found."""
+    if isinstance(loss, Tensor) and (loss.numel() == 1 or strict):
         if loss.numel() != 1:
             raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
-        return loss.detach().reshape(())
+        return loss.detach().reshape(()).clone()
     if isinstance(loss, (int, float)) and not isinstance(loss, bool):
         return torch.tensor(float(loss))
-    raise TypeError(f"loss={type(loss).__name__}: give the scalar loss tensor of this step")
+    if strict:
+        raise TypeError(
+            f"loss={type(loss).__name__}: give the scalar loss tensor of this step, or nothing: step()"
+        )
+    return None
 
 
 def _unscaled(row: Tensor, optimizer: Optimizer | None) -> Tensor:

@@ -29,6 +29,7 @@ from ..cost.instruments import Instruments
 from ..cost.survey import Survey
 from ..plant.hooks import Link
 from ..plant.interrupts import uninterrupted
+from ..plant.joint import members, stepped
 from ..plant.plant import Plant
 from ..policies.base import Decision, Policy, Setting
 from ..saliency.experiments import ablations, absent_gradients
@@ -36,8 +37,9 @@ from ..saliency.last_batch import Batch, Recorder
 from ..state.checkpoint import Checkpoints
 from ..structure.groups import Structure, widths_of
 from ..structure.record import batch_size
+from .cadence import Strangers
 from .history import History, Record
-from .intake import Intake
+from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
 from .recompile import Layouts, progress
 from .replicas import Replicas, digest, is_sharded, unwrapped
@@ -77,7 +79,7 @@ class Wiring(ABC):
         self._loop = policy.begin(setting)
         self._recorder = Recorder(model)
         self._checkpoints = Checkpoints(self._plant, optimizer, self._relayout)
-        self._hook = optimizer.register_step_pre_hook(Link(self, Wiring._observe))
+        self._hooks = [o.register_step_pre_hook(Link(self, Wiring._observe)) for o in stepped(optimizer)]
         self._followers: list[Plant] = []
         self._layouts = Layouts({setting.structure.sizes: 0.0})
         structure = setting.structure
@@ -86,7 +88,8 @@ class Wiring(ABC):
         self.history = new_history(setting)
         self.steps = 0
         self._intake = Intake(self._plant)
-        self._postponed = False  # an update that was due while a replica had no data
+        self._strangers = Strangers(members(optimizer), [*self._plant.tensors().values()])
+        self._postponed = False  # an update that was due, and there was nothing new to decide on
         self._loss = self._own_loss = math.nan
         self._overhead = 0.0
         self._gauged_at = 0  # the step at which the layout was last measured
@@ -138,13 +141,17 @@ class Wiring(ABC):
 
     # --- between two updates --------------------------------------------------------------------
 
-    def _observe(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Before the optimizer runs: are there gradients, and what do the gates see?"""
+    def _observe(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """The optimizer is called: it is observed when it has its gradients."""
+        return when_closed(args, kwargs, lambda returned: self._see(optimizer, returned))
+
+    def _see(self, optimizer: Optimizer, returned: object) -> None:
+        """Are there gradients, and what do the gates see?"""
         started = time.process_time()
         self._metering.enter()
         self._checkpoints.require_admitted()
         read = self._loop.wants_gradients(self.steps + 1) or self._recorder.batch is not None
-        self._intake.before_step(optimizer, read=read)
+        self._intake.before_step(optimizer, returned, read=read)
         self._metering.leave()
         self._overhead += time.process_time() - started
 
@@ -193,8 +200,8 @@ class Wiring(ABC):
         if not self._replicas.agree:
             self._repair()
             examples = 0
-        self._postponed = self._replicas.present < self._replicas.size
-        if self._postponed or self._intake.bad_in_a_row:
+        self._postponed = self._replicas.present < self._replicas.size or not self._intake.fresh
+        if self._postponed:
             return
         plant = self._plant
         self._settle_accounts()
@@ -333,7 +340,7 @@ class Wiring(ABC):
         if self._due:
             parts = [torch.zeros_like(part) for part in self._intake.unread()[:2]]
             self._replicas.mean([*parts, torch.zeros(2)], self._fingerprint, present=False)
-            self._intake.load_state_dict([])
+            self._intake.clear()
             self._postponed = True
 
     def rejoin(self, source: int) -> None:

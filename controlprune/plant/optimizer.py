@@ -12,18 +12,30 @@ A dimension that is 1 in both is told by the other parameters of the optimizer: 
 
 So SGD, Adam(W), amsgrad, RMSprop, Adagrad, Adadelta, NAdam, RAdam, Rprop and any optimizer built like
 them are carried exactly. Adafactor's factors travel, but its row and column means run over dormant
-entries while masked (not while shrunk). LBFGS keeps flattened histories of all parameters: refused.
+entries while masked (not while shrunk). LBFGS keeps flattened histories of all parameters: refused, as is
+whatever else keeps tensors of a parameter's size beside `state`.
+
+Several optimizers are seen as one (plant/joint.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Factored", "check_optimizer", "factored", "travelling", "travelling_dims"]
+from .joint import key_of, members
+
+__all__ = [
+    "Factored",
+    "check_optimizer",
+    "factored",
+    "require_nothing_beside",
+    "travelling",
+    "travelling_dims",
+]
 
 Factored = frozenset[tuple[str, int, int]]  # (state key, its number of dimensions, a dimension it sums over)
 ADAFACTOR = {"row_var": -1, "col_var": -2}  # torch's: which dimension each factor is a mean over
@@ -35,11 +47,12 @@ def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> N
     State that is smaller than its parameter may come from a compact checkpoint whose masks are about to
     be loaded: it passes here, and is refused by `travelling` if they are not.
     """
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "optimizer: LBFGS keeps flattened histories over all parameters, which cannot follow units that "
-            "leave and return; use a per-parameter optimizer such as SGD, Adam or AdamW"
-        )
+    for member in members(optimizer):
+        if isinstance(member, torch.optim.LBFGS):
+            raise ValueError(
+                "optimizer: LBFGS keeps flattened histories over all parameters, which cannot follow units "
+                "that leave and return; use a per-parameter optimizer such as SGD, Adam or AdamW"
+            )
     for name, parameter in parameters.items():
         entries: Mapping[str, object] = optimizer.state.get(parameter, {})
         for key, value in entries.items():
@@ -49,20 +62,19 @@ def check_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> N
 
 def factored(optimizer: Optimizer | None) -> Factored:
     """Which dimensions of which state are summed over: known, or told by the optimizer's parameters."""
-    states = {} if optimizer is None else optimizer.state
-    pairs = [
-        (parameter, key, value)
-        for parameter, entries in states.items()
-        for key, value in entries.items()
-        if isinstance(value, Tensor) and isinstance(parameter, Tensor) and value.ndim == parameter.ndim > 0
-    ]
-    known = ADAFACTOR if isinstance(optimizer, torch.optim.Adafactor) else {}
-    return frozenset(
-        (key, value.ndim, d)
-        for parameter, key, value in pairs
-        for d in range(value.ndim)
-        if value.shape[d] == 1 < parameter.shape[d] or known.get(key) == d - value.ndim
-    )
+    found: set[tuple[str, int, int]] = set()
+    for number, member in enumerate(members(optimizer)):
+        known = ADAFACTOR if isinstance(member, torch.optim.Adafactor) else {}
+        found |= {
+            (key_of(key, number), value.ndim, d)
+            for parameter, entries in member.state.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor) and isinstance(parameter, Tensor)
+            if value.ndim == parameter.ndim
+            for d in range(value.ndim)
+            if value.shape[d] == 1 < parameter.shape[d] or known.get(key) == d - value.ndim
+        }
+    return frozenset(found)
 
 
 def travelling(
@@ -101,20 +113,41 @@ def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value
         if dims and value.device != parameter.device:
             raise ValueError(f"{where} is on {value.device}, the parameter on {parameter.device}")
         return dims
-    if isinstance(value, (list, tuple, dict)) and _holds_tensor(value):
+    if next(_tensors(value), None) is not None:
         raise ValueError(f"{where} is a {type(value).__name__} of tensors; only plain tensors can be carried")
+    if hasattr(value, "__array__") and not isinstance(value, (float, int)):
+        raise ValueError(f"{where} is a {type(value).__name__}; only plain tensors can be carried")
     return ()
+
+
+def require_nothing_beside(optimizer: Optimizer) -> None:
+    """Refuse, by name, an optimizer that keeps tensors of a parameter's size outside of `state`."""
+    for member in members(optimizer):
+        parameters = {id(p): p.numel() for group in member.param_groups for p in group["params"]}
+        sizes = {*parameters.values(), sum(parameters.values())}
+        places = {
+            f"attribute {k!r}": v for k, v in vars(member).items() if k not in ("state", "param_groups")
+        }
+        for n, group in enumerate(member.param_groups):
+            places |= {f"param_groups[{n}][{k!r}]": v for k, v in group.items() if k != "params"}
+        for place, tensor in ((place, x) for place, value in places.items() for x in _tensors(value)):
+            if id(tensor) not in parameters and tensor.numel() > 1 and tensor.numel() in sizes:
+                raise ValueError(
+                    f"optimizer: {type(member).__name__} keeps a tensor of shape {tuple(tensor.shape)} in "
+                    f"its {place}, outside of `state`, which cannot follow units that leave and return; keep "
+                    "it in state[parameter], or use another optimizer"
+                )
+
+
+def _tensors(value: object, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item, depth - 1)
 
 
 def _fits_inside(state: Tensor, parameter: Tensor) -> bool:
     return state.ndim == parameter.ndim and all(
         s <= p for s, p in zip(state.shape, parameter.shape, strict=True)
-    )
-
-
-def _holds_tensor(value: list | tuple | dict) -> bool:
-    items = value.values() if isinstance(value, dict) else value
-    return any(
-        isinstance(item, Tensor) or (isinstance(item, (list, tuple, dict)) and _holds_tensor(item))
-        for item in items
     )

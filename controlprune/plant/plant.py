@@ -22,7 +22,7 @@ by a plant of its own, `Plant(averaged.module, None, structure)`, and goes on av
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -174,17 +174,23 @@ class Plant:
             return vectors
         return [v.masked_fill(~m.to(v.device), math.nan) for v, m in zip(vectors, self.masks, strict=True)]
 
-    def gate_gradient(self) -> Tensor:
-        """The same for all groups in one vector, zero where a unit is absent; no synchronisation."""
+    def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
+        """The same for all groups in one vector, zero where a unit is absent; no synchronisation.
+
+        `only`: what the parameters of these ids have to say.
+        """
         plan, tensors = self._plan()
+
+        def heard(spot: Spot) -> bool:
+            return only is None or id(tensors[spot.name]) in only
 
         def live(spot: Spot, dim: int) -> Tensor | None:
             tensor = tensors[spot.name]
-            return None if tensor.grad is None else inner(tensor, tensor.grad, dim)
+            return None if tensor.grad is None or not heard(spot) else inner(tensor, tensor.grad, dim)
 
         def parked(spot: Spot, dim: int) -> Tensor | None:
             watch = self._watches.get(spot.name)
-            return None if watch is None else watch.read(dim)
+            return None if watch is None or not heard(spot) else watch.read(dim)
 
         with torch.no_grad():
             return per_unit(plan, live, parked)

@@ -26,7 +26,7 @@ goes back to as many ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -180,9 +180,11 @@ class ShardedPlant(Plant):
     def has_gradients(self) -> bool:
         return any(whole.grad is not None for whole in self._wholes.values())
 
-    def gate_gradient(self) -> Tensor:
+    def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
         self._fetch_gradients()
-        return self._summed_over_ranks(super().gate_gradient())
+        if only is not None:
+            only = {id(self._parts[name]) for name, whole in self._wholes.items() if id(whole) in only}
+        return self._summed_over_ranks(super().gate_gradient(only))
 
     def weight_norms(self) -> list[Tensor]:
         found = torch.cat(super().weight_norms())

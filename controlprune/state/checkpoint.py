@@ -14,6 +14,8 @@ saved at, so any order of loading works. A dict without them
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..plant.hooks import Link
+from ..plant.joint import members
 from ..plant.layout import at
 from ..plant.plant import Plant
 from ..structure.extents import size
@@ -31,6 +34,8 @@ __all__ = ["Checkpoints"]
 
 KEY = "controlprune"
 
+taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()  # entries in use
+
 
 class Checkpoints:
     """Hooks on `state_dict` and `load_state_dict` of one model and its optimizer."""
@@ -38,19 +43,25 @@ class Checkpoints:
     def __init__(
         self, plant: Plant, optimizer: Optimizer, relayout: Callable[[tuple[Tensor, ...], bool], None]
     ):
-        self.plant, self.optimizer, self.relayout = plant, optimizer, relayout
-        self.waiting: dict[Tensor, Any] = {}
+        self.plant, self.optimizers, self.relayout = plant, members(optimizer), relayout
+        self.waiting: list[tuple[Optimizer, Tensor, Any]] = []
+        self.keys = {id(o): _own_key(o) for o in self.optimizers}
         self.handles = [
             plant.model.register_state_dict_post_hook(Link(self, Checkpoints._save_model)),
             plant.model.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_model)),
-            optimizer.register_state_dict_post_hook(Link(self, Checkpoints._save_optimizer)),
-            optimizer.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_optimizer)),
-            optimizer.register_load_state_dict_post_hook(Link(self, Checkpoints._arrived)),
         ]
+        for o in self.optimizers:
+            self.handles += [
+                o.register_state_dict_post_hook(Link(self, Checkpoints._save_optimizer)),
+                o.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_optimizer)),
+                o.register_load_state_dict_post_hook(Link(self, Checkpoints._arrived)),
+            ]
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for o in self.optimizers:
+            taken.get(o, set()).discard(self.keys[id(o)])
 
     # --- the hooks ------------------------------------------------------------------------------
 
@@ -73,15 +84,16 @@ class Checkpoints:
             self.relayout(masks, compact)
 
     def _save_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        state[KEY] = self._describe()
+        state[self.keys[id(optimizer)]] = self._describe()
 
     def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        self.waiting.clear()
+        self.waiting = [entry for entry in self.waiting if entry[0] is not optimizer]
+        key = self.keys[id(optimizer)]
         count = [len(group["params"]) for group in state["param_groups"]]
         if count != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch refuses it
-        if KEY in state:
-            self.relayout(*self._parsed(state[KEY]))
+        if key in state:
+            self.relayout(*self._parsed(state[key]))
 
     def _arrived(self, optimizer: Optimizer) -> None:
         self.set_aside()
@@ -147,18 +159,23 @@ class Checkpoints:
 
     def set_aside(self) -> None:
         """Optimizer state whose shape is not the parameter's waits until it is."""
-        for parameter, state in list(self.optimizer.state.items()):
-            if not _fits(parameter, state):
-                self.waiting[parameter] = self.optimizer.state.pop(parameter)
+        own = {id(p) for p in self.plant.model.parameters()}
+        for optimizer in self.optimizers:
+            for parameter, state in list(optimizer.state.items()):
+                if id(parameter) in own and not _fits(parameter, state):
+                    self.waiting.append((optimizer, parameter, optimizer.state.pop(parameter)))
 
     def admit(self) -> None:
-        for parameter, state in list(self.waiting.items()):
+        waiting, self.waiting = self.waiting, []
+        for optimizer, parameter, state in waiting:
             if _fits(parameter, state):
-                self.optimizer.state[parameter] = self.waiting.pop(parameter)
+                optimizer.state[parameter] = state
+            else:
+                self.waiting.append((optimizer, parameter, state))
 
     def require_admitted(self) -> None:
         if self.waiting:
-            shapes = [tuple(p.shape) for p in self.waiting][:3]
+            shapes = [tuple(parameter.shape) for _, parameter, _ in self.waiting][:3]
             raise RuntimeError(
                 f"optimizer: the state that was loaded does not fit the model's present widths (shapes "
                 f"{shapes}); load the model's or controller's state_dict of the same checkpoint too"
@@ -170,6 +187,14 @@ def _fits(parameter: Tensor, state: Any) -> bool:
         x for x in state.values() if isinstance(x, Tensor) and x.ndim == parameter.ndim and x.numel() > 1
     ]
     return all(all(s in (p, 1) for s, p in zip(x.shape, parameter.shape, strict=True)) for x in tensors)
+
+
+def _own_key(optimizer: Optimizer) -> str:
+    """What this controller's entry in the optimizer's state dict is called: one may serve several models."""
+    used = taken.setdefault(optimizer, set())
+    key = next(name for n in itertools.count() if (name := f"{KEY}.{n}" if n else KEY) not in used)
+    used.add(key)
+    return key
 
 
 def _few(sizes: Mapping[str, object]) -> str:

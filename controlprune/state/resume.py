@@ -19,9 +19,9 @@ from .checksum import checksum
 
 __all__ = ["FORMAT", "budget_of", "plain_budget", "require_alike", "require_state", "signed"]
 
-FORMAT = 5
+FORMAT = 6
 PARTS = ("plant", "loop", "history", "accounts", "layouts", "survey")
-NEEDED = ("policy", *PARTS, "budget", "counts", "unread", "loss", "seconds", "checksum")
+NEEDED = ("policy", *PARTS, "budget", "counts", "intake", "loss", "seconds", "checksum")
 
 KINDS: Mapping[type, tuple[type, ...]] = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}
 
