@@ -257,6 +257,52 @@ class Twice(nn.Module):
         return self.head(torch.sigmoid(self.second(x)))
 
 
+class OwnNorm(nn.Module):
+    """RMSNorm as written by hand, its gain stored as what it is above 1."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.tiny = nn.Parameter(torch.zeros(width)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.tiny) * (1 + self.weight)
+
+
+class Normed(nn.Module):
+    """A residual width under a LayerNorm, a RMSNorm and one by hand; what enters it reads it at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(3, 8, bias=False)
+        self.place = nn.Parameter(torch.randn(4, 8))
+        self.first, self.second, self.last = nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-6), OwnNorm(8)
+        self.mix = nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 5), nn.Linear(5, 8)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x) + self.place
+        x = x + torch.tanh(self.mix(self.first(x)))
+        x = x + self.down(nn.functional.softplus(self.up(self.second(x))))
+        return self.head(nn.functional.linear(self.last(x), self.enter.weight.t())).mean(1)
+
+
+class GroupNormed(nn.Module):
+    """GroupNorm by member and as a whole, and an InstanceNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.members = nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.GroupNorm(2, 6)
+        self.second, self.whole = nn.Conv2d(6, 5, 1, bias=False), nn.GroupNorm(1, 5)
+        self.third, self.each = nn.Conv2d(5, 4, 3, bias=False), nn.InstanceNorm2d(4, affine=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.softplus(self.members(self.first(x)))
+        x = torch.tanh(self.whole(self.second(x)))
+        return self.head(torch.sigmoid(self.each(self.third(x))).mean((2, 3)))
+
+
 Specification = list[tuple[str, int, list[tuple[str, int]], list[tuple[str, int]]]]
 
 
@@ -403,6 +449,8 @@ SHAPES = {
     "attention": (4, 3),
     "grouped": (2, 4, 4),
     "twice": (4,),
+    "normed": (4, 3),
+    "group_normed": (2, 4, 4),
 }
 NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
@@ -411,6 +459,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "grouped": Grouped,
     "twice": Twice,
+    "normed": Normed,
+    "group_normed": GroupNormed,
 }
 
 

@@ -35,6 +35,7 @@ from ..structure.caches import drop_caches
 from ..structure.extents import groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
+from ..structure.standins import count_live
 from .gate_gradients import Gather, Later, Watch, gather, inner, per_unit, select_others
 from .interrupts import uninterrupted
 from .layout import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
@@ -138,6 +139,7 @@ class Plant:
             widths = widths_of(masks) if compact else self.structure.sizes
             set_sizes(self.model, self.structure, widths)
         if changed:
+            count_live(self.model, self.structure.norms, None if compact else masks)
             drop_caches(self.model)
         self.masks, self.compact = masks, compact
         self._hook(tensors)

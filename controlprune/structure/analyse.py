@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .formula import recognised
 from .groups import Group, Structure
 from .record import ExampleInputs, record, untouched
 from .sizes import bind_module_attributes
@@ -35,7 +36,7 @@ def analyse(
     """
     ignored = _ignored_tensors(model, ignored_layers)
     example_inputs = _on_meta(model, example_inputs)
-    tape = Tape(model)
+    tape = Tape(model, norms=recognised(model))
     with untouched(model):
         model.eval()
         try:

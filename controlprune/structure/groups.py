@@ -23,8 +23,9 @@ from typing import Literal
 from torch import Tensor
 
 from .extents import Extent
+from .formula import Formula
 
-__all__ = ["Group", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work", "widths_of"]
+__all__ = ["Group", "LiveNorm", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work", "widths_of"]
 
 Role = Literal["reader", "producer"]
 
@@ -88,6 +89,15 @@ class SizeAttribute:
 
 
 @dataclass(frozen=True)
+class LiveNorm:
+    """A norm module with units of groups among its channels: masked, its statistics are of the live ones."""
+
+    module: str
+    extent: Extent  # of its channels
+    formula: Formula
+
+
+@dataclass(frozen=True)
 class Structure:
     """The model as the rest of the package sees it.
 
@@ -95,7 +105,7 @@ class Structure:
     dimension, Fixed where nothing is prunable; `work` the counted operators of one forward pass on the
     example inputs in eval mode; `traffic` what each operator of that pass writes, like terms added up;
     `activations` what each operator of a pass in training mode allocates, one entry per tensor, in order;
-    `aliases` the extra names of shared tensors -> canonical name.
+    `aliases` the extra names of shared tensors -> canonical name; `norms` the modules that count live units.
     """
 
     groups: tuple[Group, ...]
@@ -107,6 +117,7 @@ class Structure:
     traffic: tuple[Work, ...] = ()
     activations: tuple[Work, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    norms: tuple[LiveNorm, ...] = ()
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 
     @property

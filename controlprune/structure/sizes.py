@@ -51,7 +51,7 @@ TABLE: tuple[tuple[tuple[type[nn.Module], ...], str, int | None, str, int], ...]
     ((nn.modules.batchnorm._NormBase,), "num_features", None, "weight", 0),
     ((nn.modules.batchnorm._NormBase,), "num_features", None, "running_mean", 0),
     ((nn.GroupNorm,), "num_channels", None, "weight", 0),
-    ((nn.LayerNorm,), "normalized_shape", -1, "weight", -1),
+    ((nn.LayerNorm, nn.RMSNorm), "normalized_shape", -1, "weight", -1),
     ((nn.PReLU,), "num_parameters", None, "weight", 0),
     ((nn.RNNBase,), "input_size", None, "weight_ih_l0", 1),
     ((nn.RNNCellBase,), "input_size", None, "weight_ih", 1),
@@ -74,10 +74,22 @@ def bind_module_attributes(tape: Tape) -> None:
         if isinstance(module, nn.GroupNorm) and (axis := _axis(tape, path, "weight", 0)) is not None:
             groups, _ = tape.regroup([axis], [module.num_groups, axis.size // module.num_groups])
             tape.bind(path, "num_groups", None, groups)
+        if (axis := tape.counted.get(path)) is not None:
+            _bind_plain_norm(tape, path, module, axis)
         if isinstance(module, nn.RNNBase):
             _bind_recurrent(tape, path, module)
         if isinstance(module, nn.MultiheadAttention):
             _pin_attention(tape, path, module)
+
+
+def _bind_plain_norm(tape: Tape, path: str, module: nn.Module, channels: Axis) -> None:
+    """A norm without parameters has its sizes all the same."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1:
+        tape.bind(path, "normalized_shape", 0, channels)
+    if isinstance(module, nn.GroupNorm):
+        groups, _ = tape.regroup([channels], [module.num_groups, channels.size // module.num_groups])
+        tape.bind(path, "num_channels", None, channels)
+        tape.bind(path, "num_groups", None, groups)
 
 
 def _axis(tape: Tape, path: str, tensor: str, dim: int) -> Axis | None:

@@ -23,6 +23,7 @@ from .exchange import at_widths, select_live, tensors_of
 from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, keep, size
 from .groups import Refusal, Slice, Structure, Work
 from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
+from .standins import count_live
 
 __all__ = ["verify", "without"]
 
@@ -157,7 +158,11 @@ class _Check:
 
     def _agree(self, masks: list[Tensor], *, trains: bool) -> bool:
         self.model.eval()
-        masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
+        count_live(self.model, self.structure.norms, masks)
+        try:
+            masked = self._run({name: self._masked(name, masks) for name in self.values}, None)
+        finally:
+            count_live(self.model, self.structure.norms, None)
         try:
             live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in self.values.items()}
             widths = [int(mask.sum()) for mask in masks]
@@ -237,12 +242,14 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
     )
     refused = [Refusal(g.name, g.size, reasons[n]) for n, g in enumerate(structure.groups) if n in reasons]
     attributes = tuple(replace(a, extent=cut(a.extent)) for a in structure.attributes)
+    norms = tuple(replace(n, extent=cut(n.extent)) for n in structure.norms)
     return replace(
         structure,
         groups=groups,
         refused=(*structure.refused, *refused),
         tensors={name: tuple(cut(extent) for extent in dims) for name, dims in structure.tensors.items()},
         attributes=tuple(a for a in attributes if groups_in(a.extent)),
+        norms=tuple(n for n in norms if groups_in(n.extent)),
         work=cut_work(structure.work),
         traffic=cut_work(structure.traffic),
         activations=cut_work(structure.activations),

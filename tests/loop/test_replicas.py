@@ -350,7 +350,7 @@ def test_clocks_that_differ(rank: int) -> None:
 @ranks(2)
 def test_devices_measured_apart_go_by_rank_0(rank: int) -> None:
     """What was measured when attaching is not the same on two machines: one of them is believed."""
-    multiples = (4 << rank,)
+    multiples = (4 << rank,) * 2
     attaching = sys.modules["controlprune.loop.attach"]
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(attaching, "group_multiples", lambda *given, timed: multiples)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from controlprune.structure import Structure, set_sizes
-from controlprune.structure.extents import groups_in, labels
+from controlprune.structure.extents import groups_in, labels, size
 
 __all__ = ["disagreement", "masked_copy", "random_masks", "run", "shrunk_copy"]
 
@@ -40,7 +40,30 @@ def masked_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor])
             live = _live(labels(part.extent, number), masks[number])
             shape = [-1 if d == part.dim else 1 for d in range(tensors[part.tensor].dim())]
             tensors[part.tensor].data *= live.view(shape)
+    for norm in structure.norms:
+        live = torch.ones(size(norm.extent), dtype=torch.bool)
+        for number in groups_in(norm.extent):
+            live &= _live(labels(norm.extent, number), masks[number])
+        _count_by_index(out.get_submodule(norm.module), norm.formula.axis, live.nonzero().flatten())
     return out
+
+
+def _count_by_index(norm: nn.Module, axis: int, index: Tensor) -> None:
+    """The norm of the live channels alone, put where they were; nothing elsewhere."""
+    small = copy.deepcopy(norm)
+    for parameter in small.parameters():
+        parameter.data = parameter.data.flatten()[index].view([-1 if n > 1 else 1 for n in parameter.shape])
+    if isinstance(small, (nn.LayerNorm, nn.RMSNorm)):
+        small.normalized_shape = (len(index),)
+    if isinstance(small, nn.GroupNorm):
+        members = small.num_channels // small.num_groups
+        small.num_groups, small.num_channels = len((index // members).unique()), len(index)
+
+    def forward(x: Tensor) -> Tensor:
+        y = small(x.index_select(axis, index))
+        return torch.zeros(x.shape, dtype=y.dtype).index_copy(axis % x.dim(), index, y)
+
+    norm.forward = forward  # type: ignore[method-assign]
 
 
 def shrunk_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -> nn.Module:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from oracle import OwnNorm
 from torch import Tensor, nn
 
 __all__ = ["Program", "programs"]
@@ -73,6 +74,11 @@ def _group_norm(width: int, draw: Callable) -> tuple[Step, int]:
     if width % 2:
         return Step(lambda s, x, e: s.norm(x), norm=norm), width
     return Step(lambda s, x, e: s.norm(x.transpose(1, 2)).transpose(1, 2), norm=norm), width
+
+
+def _norm(width: int, draw: Callable) -> tuple[Step, int]:
+    norm = draw(st.sampled_from([nn.LayerNorm, nn.RMSNorm, OwnNorm]))
+    return Step(lambda s, x, e: s.norm(x), norm=norm(width)), width
 
 
 def _cat(width: int, draw: Callable) -> tuple[Step, int]:
@@ -191,8 +197,9 @@ def _bilinear(width: int, draw: Callable) -> tuple[Step, int]:
 
 
 STEPS = (
-    *(_linear, _linear, _conv, _pointwise, _batch_norm, _group_norm, _cat, _cat_earlier, _residual, _glu),
-    *(_shuffle, _per_head, _attention, _mix, _scale, _repeat, _slice, _excite, _recurrent, _bilinear),
+    *(_linear, _linear, _conv, _pointwise, _batch_norm, _group_norm, _norm, _norm, _cat, _cat_earlier),
+    *(_residual, _glu, _shuffle, _per_head, _attention, _mix, _scale, _repeat, _slice, _excite),
+    *(_recurrent, _bilinear),
 )
 
 

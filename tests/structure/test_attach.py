@@ -196,8 +196,8 @@ def test_seven_billion_parameters_without_memory():
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     structure = analyse(model, {"input_ids": torch.zeros(1, 16, dtype=torch.long)})
-    assert sorted(set(structure.sizes)) == [4, 8, 11008]
-    assert len(structure.groups) == 96
+    assert sorted(set(structure.sizes)) == [4, 8, 4096, 11008]
+    assert len(structure.groups) == 97
 
 
 def test_layer_scale_does_not_hide_an_error():

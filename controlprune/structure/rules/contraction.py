@@ -24,10 +24,8 @@ MIXED = "a window slides over its positions (convolution, pooling)"
 EXPERTS = "a router picks whole experts by index: one that is off would still be picked"
 
 
-def _out(tape: Tape, *dims: Dim, weight: bool = False) -> Dims:
+def _out(*dims: Dim, weight: bool = False) -> Dims:
     """Dimensions of a product: sources survive in products of parameters only."""
-    if not weight:
-        tape.keep(dims)
     return [dim if weight else dim.plain for dim in dims]
 
 
@@ -44,7 +42,7 @@ def mm(tape: Tape, call: Call) -> list[Dims]:
     (n, k), (k2, m) = call.dims("self"), call.dims("mat2")
     axis = tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
     tape.count("mm", 2, n.axis, axis, m.axis)
-    return [_out(tape, n, m, weight=_both_weights(call, "self", "mat2"))]
+    return [_out(n, m, weight=_both_weights(call, "self", "mat2"))]
 
 
 def _add_bias(tape: Tape, bias: Dims, out: Dims) -> Dims:
@@ -59,7 +57,7 @@ def addmm(tape: Tape, call: Call) -> list[Dims]:
     (n, k), (k2, m) = call.dims("mat1"), call.dims("mat2")
     axis = tape.contract(k, k2, weight_first=_weight_first(call, "mat1", "mat2"))
     tape.count("addmm", 2, n.axis, axis, m.axis)
-    return [_add_bias(tape, call.dims("self"), _out(tape, n, m))]
+    return [_add_bias(tape, call.dims("self"), _out(n, m))]
 
 
 def _bmm(tape: Tape, call: Call, left: str, right: str, operator: str) -> Dims:
@@ -68,7 +66,7 @@ def _bmm(tape: Tape, call: Call, left: str, right: str, operator: str) -> Dims:
     axis = tape.contract(k, k2, weight_first=_weight_first(call, left, right))
     batch = Dim(tape.unify(b.axis, b2.axis), b.sources | b2.sources)
     tape.count(operator, 2, batch.axis, n.axis, axis, m.axis)
-    return [batch, *_out(tape, n, m, weight=_both_weights(call, left, right))]
+    return [batch, *_out(n, m, weight=_both_weights(call, left, right))]
 
 
 @rule("bmm")
@@ -99,14 +97,14 @@ def dot(tape: Tape, call: Call) -> list[Dims]:
 def mv(tape: Tape, call: Call) -> list[Dims]:
     (n, k), (k2,) = call.dims("self"), call.dims("vec")
     tape.contract(k, k2, weight_first=_weight_first(call, "self", "vec"))
-    return [_out(tape, n, weight=_both_weights(call, "self", "vec"))]
+    return [_out(n, weight=_both_weights(call, "self", "vec"))]
 
 
 @rule("addmv")
 def addmv(tape: Tape, call: Call) -> list[Dims]:
     (n, k), (k2,) = call.dims("mat"), call.dims("vec")
     tape.contract(k, k2, weight_first=_weight_first(call, "mat", "vec"))
-    return [_add_bias(tape, call.dims("self"), _out(tape, n))]
+    return [_add_bias(tape, call.dims("self"), _out(n))]
 
 
 @rule("linear")
@@ -116,7 +114,7 @@ def linear(tape: Tape, call: Call) -> list[Dims]:
     m, k2 = call.dims("weight")
     axis = tape.contract(k, k2)
     tape.count("mm", 2, *(dim.axis for dim in batch), axis, m.axis)
-    out = _out(tape, *batch, m)
+    out = _out(*batch, m)
     return [_add_bias(tape, call.dims("bias"), out) if call.has("bias") else out]
 
 
@@ -131,11 +129,10 @@ def convolution(tape: Tape, call: Call) -> list[Dims]:
     weight_group, of_weight = tape.regroup([first.axis], [groups, first.size // groups])
     group = tape.unify(group, weight_group)
     read = Dim(of_weight, first.sources) if transposed else second
-    made = second if transposed else Dim(of_weight, first.sources)
+    made = second.axis if transposed else of_weight
     from_input = Dim(inner, channels.sources)
     tape.contract(from_input, read, weight_first=_weight_first(call, "input", "weight"))
-    tape.keep([made, Dim(weight_group, first.sources if groups > 1 else frozenset())])
-    (out,) = tape.regroup([group, made.axis], [groups * made.size])
+    (out,) = tape.regroup([group, made], [groups * made.size])
     if call.has("bias"):
         tape.unify(out, call.dims("bias")[0].axis)
     tape.pin_dims(space, MIXED)
@@ -173,7 +170,6 @@ def attention(tape: Tape, call: Call) -> list[Dims]:
         outside = [dim.axis for dim in batch]
         tape.count("attention", 2, *outside, heads.axis, t.axis, d.axis, s.axis)
         tape.count("attention", 2, *outside, heads.axis, t.axis, s.axis, e.axis)
-    tape.keep([heads, t, e])
     return [[dim.plain for dim in (*batch, heads, t, e)]]
 
 
@@ -191,7 +187,7 @@ def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
     tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
     tape.pin(expert.axis, EXPERTS)
     tape.pin_dims(lead, EXPERTS)
-    return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(tape, *lead, n, m))]
+    return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(*lead, n, m))]
 
 
 @rule("_trilinear")

@@ -69,10 +69,7 @@ def elementwise(tape: Tape, call: Call) -> list[Dims]:
             out.extend([present[0] if len(inputs) == 1 and present else _new(size)])
             continue
         axis = tape.unify(*(dim.axis for dim in present))
-        sources = _sources(call, column)
-        if not sources:
-            tape.keep(present)
-        out.append(Dim(axis, sources))
+        out.append(Dim(axis, _sources(call, column)))
     return [list(out) if output.shape == shape else fresh(output.shape) for output in call.outputs]
 
 

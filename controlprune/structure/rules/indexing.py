@@ -21,7 +21,6 @@ PICKED = "its positions are picked by index"
 def embedding(tape: Tape, call: Call) -> list[Dims]:
     rows, columns = call.dims("weight")
     tape.pin(rows.axis, "its rows are looked up by index (embedding)")
-    tape.keep([columns])
     return [[dim.plain for dim in (*call.dims("indices"), columns)]]
 
 

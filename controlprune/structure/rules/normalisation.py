@@ -1,9 +1,12 @@
 """Normalisations: which dimensions share statistics, which only carry entries.
 
 BatchNorm   statistics per channel            channels free, batch and space pinned
-GroupNorm   statistics per (example, group)   channels are (group, member): members pinned, groups free
-LayerNorm   statistics over the last dims     those dims pinned
+GroupNorm   statistics per (example, group)   channels are (group, member): groups free
+LayerNorm   statistics over the last dims
 weight_norm w = g·v/‖v‖ over all dims but one zeroed columns add nothing to ‖v‖: read exactly
+
+Members of a GroupNorm and the dims of a LayerNorm or RMSNorm are pinned, unless the module that runs is one
+whose formula is known: then it counts the live ones (structure/formula.py).
 """
 
 from __future__ import annotations
@@ -18,9 +21,7 @@ NORM = "a norm takes statistics over it: with units off, the others would be nor
 def _affine(tape: Tape, call: Call, axis: Dim) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         if call.has(name):
-            (entry,) = call.dims(name)
-            tape.unify(axis.axis, entry.axis)
-            tape.keep([entry])
+            tape.unify(axis.axis, call.dims(name)[0].axis)
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
@@ -38,7 +39,8 @@ def batch_norm(tape: Tape, call: Call) -> list[Dims]:
 def layer_norm(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("input")]
     normal = dims[len(dims) - len(call.integers("normalized_shape")) :]
-    tape.pin_dims(normal, NORM)
+    for dim in normal:
+        tape.statistics(dim.axis, NORM)
     _unify_last(tape, call, normal)
     return [dims]
 
@@ -60,7 +62,7 @@ def group_norm(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("input")]
     groups = call.integer("group")
     _, member = tape.regroup([dims[1].axis], [groups, dims[1].size // groups])
-    tape.pin(member, NORM)
+    tape.statistics(member, NORM, dims[1].axis)
     tape.pin_dims(dims[2:], NORM)
     _affine(tape, call, dims[1])
     return [dims]

@@ -31,7 +31,7 @@ def reduced(tape: Tape, call: Call, reason: str) -> Dims:
     keepdim = bool(call.arguments.get("keepdim", False))
     for d in gone:
         if old:
-            tape.pin(old[d].axis, reason)
+            tape.statistics(old[d].axis, reason)
     return [Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]
 
 
@@ -45,7 +45,7 @@ def sum_(tape: Tape, call: Call) -> list[Dims]:
         if old[d].sources and not math.isinf(_order(call)) and _order(call) > 0:
             tape.reads.append(Read(old[d].axis, old[d].sources))
         else:
-            tape.pin(old[d].axis, "its units are summed")
+            tape.statistics(old[d].axis, "its units are summed")
     return [[Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]]
 
 

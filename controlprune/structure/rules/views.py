@@ -199,8 +199,6 @@ def cat(tape: Tape, call: Call) -> list[Dims]:
         column = [dims[position] for dims in inputs]
         sources = [dim.sources for dim in column]
         merged = frozenset[tuple[str, int]]().union(*sources) if all(sources) else frozenset()
-        if not merged:
-            tape.keep(column)
         if position == d:
             out.append(Dim(concat(dim.axis for dim in column), merged))
         else:

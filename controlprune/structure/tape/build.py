@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from ..extents import Concat, Extent, Fixed, Product, Units, groups_in
-from ..groups import Group, Refusal, Role, SizeAttribute, Slice, Structure, Work
+from ..groups import Group, LiveNorm, Refusal, Role, SizeAttribute, Slice, Structure, Work
 from .axes import Axis, factors_of, leaves, parts_of, pin
 from .tape import MEET, Source, Tape, TracedWork
 
@@ -27,13 +27,12 @@ def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
     _pin_repeated(tape)
     _pin_unread(tape)
     read = _sources_by_leaf(tape.reads_by_source())
-    kept = _sources_by_leaf(tape.kept)
     places = _places(tape)
     trainable = {name for name, p in tape.model.named_parameters() if p.requires_grad}
     for leaf, where in places.items():
         if not any(name in tape.used for name, _ in where):
             pin(leaf, "the forward on the example inputs does not use it")
-        _pin_unprunable(leaf, where, read, kept, trainable)
+        _pin_unprunable(leaf, where, read, trainable)
     numbers: dict[Axis, int] = {}
     for leaf in places:
         if leaf.reason is None and leaf.size > 1:
@@ -94,17 +93,13 @@ def _pin_unprunable(
     leaf: Axis,
     where: list[Source],
     read: dict[Axis, set[Source]],
-    kept: dict[Axis, set[Source]],
     trainable: set[str],
 ) -> None:
     readers = read.get(leaf, set())
     producers = [place for place in where if place not in readers]
     if leaf.reason is not None:
         return
-    if both := readers & kept.get(leaf, set()):
-        name = min(both)[0]
-        pin(leaf, f"{name} both computes and reads it")
-    elif not any(place in readers for place in where):
+    if not any(place in readers for place in where):
         pin(leaf, "no parameter reads it")
     elif not producers:
         pin(leaf, "no parameter computes it")
@@ -138,13 +133,14 @@ def _structure(
     tensors = {n: tuple(_extent(axis, numbers) for axis in dims) for n, dims in tape.tensors.items()}
     names: Counter[str] = Counter()
     kinds = dict(tape.model.named_modules())
+    wide = {n for n, dims in tensors.items() if len(dims) > 1}
     groups = []
     for leaf in numbers:
         slices = []
         for tensor, d in places[leaf]:
             role: Role = "reader" if (tensor, d) in read.get(leaf, ()) else "producer"
             slices.append(Slice(tensor, d, tensors[tensor][d], role))
-        name, kind = _name(slices, numbers[leaf], kinds)
+        name, kind = _name(slices, numbers[leaf], kinds, wide)
         names[name] += 1
         name = name if names[name] == 1 else f"{name}:{names[name]}"
         groups.append(Group(name, leaf.size, kind, tuple(slices)))
@@ -156,6 +152,11 @@ def _structure(
     attributes = tuple(
         SizeAttribute(module, attribute, index, extent)
         for (module, attribute, index), axis in tape.attributes.items()
+        if groups_in(extent := _extent(axis, numbers))
+    )
+    norms = tuple(
+        LiveNorm(module, extent, tape.norms[module])
+        for module, axis in tape.counted.items()
         if groups_in(extent := _extent(axis, numbers))
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
@@ -170,6 +171,7 @@ def _structure(
         traffic=merged(traffic),
         activations=tuple(activations),
         aliases=dict(tape.aliases),
+        norms=norms,
     )
 
 
@@ -207,11 +209,11 @@ def _owner(tensor: str) -> str:
     return tensor.rpartition(".")[0] or tensor
 
 
-def _name(slices: list[Slice], group: int, modules: dict[str, nn.Module]) -> tuple[str, str]:
-    """(name, kind) of a group, by the first tensor that computes it."""
+def _name(slices: list[Slice], group: int, modules: dict[str, nn.Module], wide: set[str]) -> tuple[str, str]:
+    """(name, kind) of a group, by the first tensor that computes it (`wide`: those that are no vectors)."""
     producers = [s for s in slices if s.role == "producer"]
     matrices = [s for s in producers if not isinstance(s.extent, Fixed) and s.tensor.endswith("weight")]
-    first = (matrices or producers)[0]
+    first = next((s for s in matrices if s.tensor in wide), (matrices or producers)[0])
     owner = _owner(first.tensor)
     convolution = isinstance(modules.get(owner), nn.modules.conv._ConvNd)
     return owner, _kind(first.extent, group, "channel" if convolution else "neuron")

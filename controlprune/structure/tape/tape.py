@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..formula import Formula
 from ..tape import axes
 from .axes import Axis, Misfit
 
@@ -124,12 +125,13 @@ class Tape:
     tensors: dict[str, list[Axis]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
-    kept: dict[Source, list[Axis]] = field(default_factory=dict)
     work: list[TracedWork] = field(default_factory=list)
     traffic: list[TracedWork] = field(default_factory=list)
     activations: list[TracedWork] = field(default_factory=list)
     attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
+    norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
+    counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
     where: str = ""
     counting: bool = True
 
@@ -197,6 +199,14 @@ class Tape:
         place = f" (in {self.where})" if reason and self.where else ""
         axes.pin(axis, reason and reason + place)
 
+    def statistics(self, axis: Axis, reason: str, channels: Axis | None = None) -> None:
+        """The operator reduces over `axis`: the statistics of a norm (its channels: `channels`), or a pin."""
+        if self.where not in self.norms:
+            self.pin(axis, reason)
+            return
+        channels = axis if channels is None else channels
+        self.counted[self.where] = self.unify(channels, self.counted.get(self.where, channels))
+
     def pin_dims(self, dims: Iterable[Dim], reason: str) -> None:
         for dim in dims:
             self.pin(dim.axis, reason)
@@ -224,12 +234,6 @@ class Tape:
             self.pin(axis, axes.MISFIT)
             return [Axis(length, axes.MISFIT) for length in sizes]
 
-    def keep(self, dims: Iterable[Dim]) -> None:
-        """These dimensions of parameters are used unit by unit (not contracted)."""
-        for dim in dims:
-            for source in dim.sources:
-                self.kept.setdefault(source, []).append(dim.axis)
-
     def contract(self, left: Dim, right: Dim, *, weight_first: bool = False) -> Axis:
         """The product of two tensors is summed over this dimension of both."""
         axis = self.unify(left.axis, right.axis)
@@ -239,7 +243,6 @@ class Tape:
             self.pin(axis, MEET)
             return axis
         self.reads.append(Read(axis, reader.sources))
-        self.keep([left if reader is right else right])
         return axis
 
     def count(self, operator: str, coefficient: int, *factors: Axis) -> None:

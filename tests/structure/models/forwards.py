@@ -13,7 +13,7 @@ __all__ = ["CASES"]
 
 
 class PreNorm(nn.Module):
-    """LayerNorm on a residual stream: the stream stays, the inner width goes."""
+    """LayerNorm on a residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class PreNorm(nn.Module):
 
 
 class RootMeanSquare(PreNorm):
-    """The same with an RMSNorm written out."""
+    """The same with an RMSNorm written out, outside of any module of its own: the stream stays."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +39,17 @@ class RootMeanSquare(PreNorm):
         return self.out(x + self.down(F.gelu(self.up(normal))))
 
 
+class FunctionNorm(PreNorm):
+    """The same with a norm called as a function, its size written down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        normal = F.layer_norm(x, (8,), self.norm.weight, self.norm.bias)
+        return self.out(x + self.down(F.gelu(self.up(normal))))
+
+
 class Grouped(nn.Module):
-    """GroupNorm: members share statistics, whole groups may go."""
+    """GroupNorm: members share statistics, whole groups have their own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,9 +164,10 @@ class AloneIsApart(nn.Module):
 
 
 CASES: Cases = {
-    "pre_norm": (PreNorm, VECTOR, [12]),
+    "pre_norm": (PreNorm, VECTOR, [8, 12]),
+    "function_norm": (FunctionNorm, VECTOR, [12]),
     "rms_norm": (RootMeanSquare, VECTOR, [12]),
-    "group_norm": (Grouped, (2, 3, 8, 8), [4]),
+    "group_norm": (Grouped, (2, 3, 8, 8), [3, 4]),
     "softmax_units": (SoftUnits, VECTOR, [6]),
     "checkpoint": (Checkpointed, VECTOR, [6, 8]),
     "unknown_operator": (Unknown, VECTOR, [6]),

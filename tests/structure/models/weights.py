@@ -153,11 +153,11 @@ CASES: Cases = {
     "raw_parameters": (RawParameters, VECTOR, [3, 6, 8]),
     "weight_norm": (WeightNorm, SEQUENCE, [6, 8]),
     "lora": (Lora, VECTOR, [4, 6, 8]),
-    "tied_embedding": (TiedEmbedding, torch.arange(6).view(2, 3), [9]),
+    "tied_embedding": (TiedEmbedding, torch.arange(6).view(2, 3), [6, 9]),
     "tied_autoencoder": (TiedAutoencoder, VECTOR, []),
     "channel_buffer": (ChannelBuffer, VECTOR, [8]),
     "complex": (ComplexWeights, VECTOR, [8]),
-    "spectral_norm": (SpectralNorm, VECTOR, [6]),
+    "spectral_norm": (SpectralNorm, VECTOR, [6, 8]),
     "bilinear": (BilinearPair, VECTOR, [6, 7, 8]),
     "kept_filter": (KeptFilter, VECTOR, [6, 8]),
 }

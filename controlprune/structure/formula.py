@@ -1,0 +1,220 @@
+"""What a norm module computes, found out by trying it, and the same with statistics over live units only.
+
+    mu = mean x                  over the channels alone (LayerNorm; 0 in RMSNorm), or, with g groups,
+    v  = mean (x - mu)^2         over the members of each group and over space (GroupNorm)
+    y  = (x - mu) / sqrt(v + eps) * (offset + w) + b
+
+A module is taken for a norm by what it answers to random numbers with random parameters, on a copy of it,
+never by its name: torch's own, those of transformers and a user's alike. With units off, `normalised` takes
+the means over the live channels. A dormant one is normalised with the others' mu and v and counts for
+neither, so that what reads it still sees what it would be, and no gradient reaches it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Formula", "answer", "formula_of", "normalised", "recognised"]
+
+EPSILONS = (0.0, 0.1)  # a number of a module between them may be its eps
+CLOSE = 1e-3  # of the largest entry: modules compute in float32, and near eps
+USUAL = 8  # channels tried where no parameter tells how many there are
+MEMBERS = 3  # positions in space that are tried
+
+
+@dataclass(frozen=True)
+class Formula:
+    """The equation above, for one module."""
+
+    axis: int  # the dimension of x with the channels: -1, or 1
+    groups: int  # of channels that share statistics with each other and over space; 0: no space, all channels
+    centred: bool
+    eps: float | None  # None: that of the numbers computed in
+    gain: str | None = None  # names of the parameters w and b
+    bias: str | None = None
+    offset: float = 0.0
+    own_dtype: bool = True  # y has the dtype of x; else the wider one of x and w
+    own_dtype_in_autocast: bool = True
+
+
+def normalised(x: Tensor, formula: Formula, live: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y, with the means over the channels where `live` (bool, one per channel)."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    channels = [1] * x.dim()
+    channels[formula.axis] = len(live)
+    on = live.to(wide).view(channels)
+    y = (_over_groups if formula.groups else _over_channels)(wide, formula, on)
+    if gain is not None:
+        y = y * (formula.offset + gain.to(wide.dtype)).view(channels)
+    if bias is not None:
+        y = y + bias.to(wide.dtype).view(channels)
+    return y.to(_dtype(x, formula, gain))
+
+
+def _over_channels(x: Tensor, formula: Formula, on: Tensor) -> Tensor:
+    n = on.sum().clamp_min(1)
+    if formula.centred:
+        x = x - (x * on).sum(formula.axis, keepdim=True) / n
+    v = (x.square() * on).sum(formula.axis, keepdim=True) / n
+    return x * torch.rsqrt(v + _eps(x, formula))
+
+
+def _over_groups(x: Tensor, formula: Formula, on: Tensor) -> Tensor:
+    grouped = x.reshape(x.shape[0], formula.groups, x.shape[1] // formula.groups, -1)
+    on = on.view(1, formula.groups, -1, 1)
+    n = (on.sum(2, keepdim=True) * grouped.shape[3]).clamp_min(1)
+    grouped = grouped - (grouped * on).sum((2, 3), keepdim=True) / n
+    v = (grouped.square() * on).sum((2, 3), keepdim=True) / n
+    return (grouped * torch.rsqrt(v + _eps(x, formula))).view(x.shape)
+
+
+def _eps(wide: Tensor, formula: Formula) -> float:
+    return torch.finfo(wide.dtype).eps if formula.eps is None else formula.eps
+
+
+def _dtype(x: Tensor, formula: Formula, gain: Tensor | None) -> torch.dtype:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if formula.own_dtype_in_autocast if autocast else formula.own_dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32 if gain is None else gain.dtype)
+
+
+# --- which module is a norm ----------------------------------------------------------------------------
+
+
+def recognised(model: nn.Module) -> dict[str, Formula]:
+    """The formula of every module of the model that is a norm over its channels, by its dotted name."""
+    known: dict[object, Formula | None] = {}
+    found: dict[str, Formula] = {}
+    for name, module in model.named_modules():
+        if not _may_be_norm(module):
+            continue
+        likeness = _likeness(module)
+        if likeness not in known:
+            known[likeness] = formula_of(module)
+        formula = known[likeness]
+        if formula is not None:
+            found[name] = formula
+    return found
+
+
+def formula_of(module: nn.Module) -> Formula | None:
+    """What the module computes, if that is the equation above; it is tried on a copy."""
+    try:
+        twin = copy.deepcopy(module)
+        twin = twin.to_empty(device="cpu") if _on_meta(module) else twin.to("cpu")
+        twin = twin.double().eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            for parameter in twin.parameters():
+                parameter.copy_(torch.randn(parameter.shape) + 0.5)
+            return next(_fitting(twin), None)
+    except Exception:  # it wants other inputs, or can't be copied: no norm that is known here
+        return None
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return (
+        next(module.children(), None) is None
+        and next(module.buffers(), None) is None
+        and len(parameters) <= 2
+        and all(max(p.shape, default=1) == p.numel() for p in parameters)
+        and bool(_epsilons(module))
+    )
+
+
+def _epsilons(module: nn.Module) -> list[float | None]:
+    low, high = EPSILONS
+    numbers = [v for v in vars(module).values() if type(v) is float and low < v < high]
+    return [*dict.fromkeys(numbers), *([None] if getattr(module, "eps", 0.0) is None else [])]
+
+
+def _likeness(module: nn.Module) -> object:
+    """Modules alike in class, parameters' shapes and plain settings compute the same."""
+    shapes = tuple((name, p.shape) for name, p in module.named_parameters())
+    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple)))
+    return type(module), shapes, plain
+
+
+def _fitting(module: nn.Module) -> Iterator[Formula]:
+    """Formulas that the module's answers agree with, at the size of its eps and far above it."""
+    names = [name for name, _ in module.named_parameters()]
+    channels = next((p.numel() for p in module.parameters()), _channels(module))
+    wholes = [g for g in vars(module).values() if type(g) is int and g > 0 and channels % g == 0]
+    for axis, groups in [(-1, 0), (1, 0), *((1, g) for g in dict.fromkeys(wholes))]:
+        shape = (2, MEMBERS, channels) if axis == -1 else (2, channels, MEMBERS, MEMBERS)
+        for eps in _epsilons(module):
+            scale = math.sqrt(torch.finfo(torch.float64).eps if eps is None else eps)
+            inputs = [(torch.randn(shape, dtype=torch.float64) + 0.3) * s for s in (scale, 1.0)]
+            answers = _answers(module, inputs)
+            if answers is None:
+                break
+            for centred, offset, gain, bias in itertools.product(
+                (True, False), (0.0, 1.0), (None, *names), (None, *names)
+            ):
+                if len({gain, bias} - {None}) != len(names) or (groups and not centred):
+                    continue
+                formula = Formula(axis, groups, centred, eps, gain, bias, offset)
+                if _agrees(module, formula, inputs, answers):
+                    yield _with_dtypes(module, formula, inputs[1])
+
+
+def _channels(module: nn.Module) -> int:
+    shape = getattr(module, "normalized_shape", getattr(module, "num_channels", USUAL))
+    return shape[-1] if isinstance(shape, (tuple, list)) else shape
+
+
+def _answers(module: nn.Module, inputs: list[Tensor]) -> list[Tensor] | None:
+    """None where the module does not take such inputs, or changes their shape."""
+    try:
+        answers = [module(x) for x in inputs]
+    except Exception:
+        return None
+    fits = all(isinstance(y, Tensor) and y.shape == x.shape for x, y in zip(inputs, answers, strict=True))
+    return answers if fits else None
+
+
+def _agrees(module: nn.Module, formula: Formula, inputs: list[Tensor], answers: list[Tensor]) -> bool:
+    live = torch.ones(inputs[0].shape[formula.axis], dtype=torch.bool)
+    for x, y in zip(inputs, answers, strict=True):
+        mine = answer(module, formula, x, live)
+        if float((mine - y).abs().max()) > CLOSE * float(y.abs().max()):
+            return False
+    return True
+
+
+def answer(module: nn.Module, formula: Formula, x: Tensor, live: Tensor) -> Tensor:
+    """The module's answer to x, with statistics over the live channels."""
+    gain, bias = (None if n is None else getattr(module, n).flatten() for n in (formula.gain, formula.bias))
+    return normalised(x, formula, live, gain, bias)
+
+
+def _with_dtypes(module: nn.Module, formula: Formula, x: Tensor) -> Formula:
+    """Asked with 16 bits and parameters of 32: does the answer have 16?"""
+    module, x = copy.deepcopy(module).float(), x.bfloat16()
+
+    def own(call: Callable[..., Any]) -> bool:
+        try:
+            return call(x).dtype == x.dtype
+        except Exception:
+            return True
+
+    plain = own(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = own(module)
+    return replace(formula, own_dtype=plain, own_dtype_in_autocast=cast)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(p.device.type == "meta" for p in module.parameters())

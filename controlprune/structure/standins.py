@@ -1,0 +1,121 @@
+"""Stand-ins: subclasses that a module of the user's belongs to while units are away, and its own class again.
+
+    while masked   a norm takes its statistics over live units only (structure/formula.py)
+    while shrunk   nn.MultiheadAttention has heads of their own size (structure/heads.py)
+    either         torch's fused encoder layer, which knows neither, is off around them
+
+Only `module.__class__` changes, and back. The object, its parameters, hooks and state-dict keys are the
+user's; nothing is wrapped: torch.compile guards on the class (and compiles once for it, whatever the masks),
+DDP and FSDP see the module they saw. A stand-in goes by the name of the class it stands for, knows nothing of
+a controller, and can be copied and pickled: a copy of a masked model computes what the model computes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .extents import keep
+from .formula import answer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .groups import LiveNorm
+
+__all__ = ["StandIn", "count_live", "no_fused_layers", "restore", "stand_in"]
+
+
+class StandIn(nn.Module):
+    """What is mixed in before the class that is stood for."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revived, _lineage(type(self)), self.__dict__.copy()
+
+
+class CountsLive(StandIn):
+    """A norm whose statistics are those of its live channels."""
+
+    _formula: Any
+    _live: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return answer(self, self._formula, x, self._live.to(x.device))
+
+
+class NotFused(StandIn):
+    """An encoder (layer) of torch's that takes the plain path, also in eval mode."""
+
+    activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
+    use_nested_tensor = property(lambda self: False, lambda self, value: None)
+
+
+def stand_in(module: nn.Module, mixin: type[StandIn]) -> None:
+    """Let the module belong to `mixin` before its own class; as it is if it does already."""
+    if not isinstance(module, mixin):
+        module.__class__ = _mixed(mixin, type(module))
+
+
+def restore(module: nn.Module, mixin: type[StandIn]) -> None:
+    """The module's own class again."""
+    if isinstance(module, mixin):
+        module.__class__ = type(module).__bases__[1]
+
+
+@cache
+def _mixed(mixin: type[StandIn], own: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (mixin, own), names)
+
+
+def _lineage(kind: type) -> tuple[type, ...]:
+    """The class that is stood for, then the stand-ins, inmost first."""
+    mixins = []
+    while issubclass(kind, StandIn):
+        mixin, kind = kind.__bases__
+        mixins.append(mixin)
+    return kind, *reversed(mixins)
+
+
+def _revived(own: type[nn.Module], *mixins: type[StandIn]) -> nn.Module:
+    for mixin in mixins:
+        own = _mixed(mixin, own)
+    return own.__new__(own)
+
+
+def count_live(model: nn.Module, norms: Sequence[LiveNorm], masks: Sequence[Tensor] | None) -> None:
+    """Let the norms take their statistics over what is live under `masks`; None: over all they get."""
+    if not norms:
+        return
+    modules = dict(model.named_modules())
+    for norm in norms:
+        module = modules[norm.module]
+        live = None if masks is None else keep(norm.extent, masks)
+        if live is None or _whole_groups(live, norm.formula.groups):
+            restore(module, CountsLive)
+            for name in ("_formula", "_live"):
+                vars(module).pop(name, None)
+            continue
+        stand_in(module, CountsLive)
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        vars(module).update(_formula=norm.formula, _live=live.to(device))
+    no_fused_layers(model)
+
+
+def _whole_groups(live: Tensor, groups: int) -> bool:
+    """Nothing is off, or only whole groups, each with statistics of its own."""
+    per_group = live.view(groups or 1, -1)
+    return bool((per_group.all(1) | ~per_group.any(1)).all() if groups else live.all())
+
+
+def no_fused_layers(model: nn.Module) -> None:
+    """torch's fused encoder layers are off where a stand-in is inside, and only there."""
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            inside = any(
+                isinstance(part, StandIn) and not isinstance(part, NotFused) for part in module.modules()
+            )
+            (stand_in if inside else restore)(module, NotFused)
