@@ -4,6 +4,7 @@ from .app.plots import plot
 from .budget import Budget, InfeasibleBudget, Price
 from .cost.energy_meter import Wattage
 from .cost.instruments import Instruments
+from .integrations.pretrained import from_pretrained, save_pretrained
 from .loop.attach import attach
 from .loop.controller import Controller
 from .loop.export import load, save
@@ -28,8 +29,10 @@ __all__ = [
     "__version__",
     "attach",
     "find_groups",
+    "from_pretrained",
     "load",
     "plot",
     "save",
+    "save_pretrained",
     "trace",
 ]

@@ -240,7 +240,7 @@ class Controller(Wiring):
         small = self._plant.model if into is None else self._plant.gathered(into)
         for plant in (self._plant, *self._followers):
             plant.harden()
-        self._close()
+        self._close(small=into is None)
         return small
 
     def _say_what_is_missed(self, decision: Decision) -> None:
@@ -267,14 +267,14 @@ class Controller(Wiring):
         self._close()
         return self._plant.model
 
-    def _close(self) -> None:
+    def _close(self, *, small: bool = False) -> None:
         self._live = False
         for hook in self._hooks:
             hook.remove()
         self._strangers.remove()
         self._recorder.disarm()
         self._replicas.close()
-        self._checkpoints.remove()
+        self._checkpoints.remove(small=small)
         attached.pop(self._plant.model, None)
 
     def _require_live(self, what: str) -> None:

@@ -7,15 +7,17 @@ compact  only the live entries: what `finalize` would leave
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..structure.extents import keep, labels
 from .gate_gradients import inner
 from .layout import Spot, at, cuts_of, fill_zero_, put_, select
 from .plant import Plant
 
-__all__ = ["compact_copies", "dense_copies", "parked_columns", "per_unit_products"]
+__all__ = ["compact_copies", "dense_copies", "parked_columns", "per_unit_products", "small_copy"]
 
 Tensors = dict[str, Tensor]
 
@@ -49,6 +51,16 @@ def compact_copies(plant: Plant) -> Tensors:
                 live = select(live, at(cuts, "live"))
             found[name] = live.contiguous().clone()
     return found
+
+
+def small_copy(plant: Plant) -> nn.Module:
+    """A plain model with the live entries only: what `finalize` would give now."""
+    other = copy.deepcopy(plant.model)
+    if not plant.compact:
+        cut = Plant(other, None, plant.structure)
+        cut.apply(plant.masks, compact=True)
+        cut.harden()
+    return other
 
 
 def parked_columns(plant: Plant, name: str, dim: int, index: Tensor, masks: list[Tensor]) -> Tensor:

@@ -29,6 +29,7 @@ from ..plant.layout import at
 from ..plant.plant import Plant
 from ..structure.extents import size
 from ..structure.groups import widths_of
+from .saver import Saver
 
 __all__ = ["Checkpoints"]
 
@@ -46,6 +47,7 @@ class Checkpoints:
         self.plant, self.optimizers, self.relayout = plant, members(optimizer), relayout
         self.waiting: list[tuple[Optimizer, Tensor, Any]] = []
         self.keys = {id(o): _own_key(o) for o in self.optimizers}
+        self.saver = Saver.before(plant)
         self.handles = [
             plant.model.register_state_dict_post_hook(Link(self, Checkpoints._save_model)),
             plant.model.register_load_state_dict_pre_hook(Link(self, Checkpoints._load_model)),
@@ -57,11 +59,14 @@ class Checkpoints:
                 o.register_load_state_dict_post_hook(Link(self, Checkpoints._arrived)),
             ]
 
-    def remove(self) -> None:
+    def remove(self, *, small: bool = False) -> None:
+        """`small`: the model stays as small as it is; else it is as it was found."""
         for handle in self.handles:
             handle.remove()
         for o in self.optimizers:
             taken.get(o, set()).discard(self.keys[id(o)])
+        if self.saver is not None:
+            self.saver.stay() if small else self.saver.leave()
 
     # --- the hooks ------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from .groups import SizeAttribute, Structure
 from .tape.axes import Axis, pin
 from .tape.tape import Tape
 
-__all__ = ["bind_module_attributes", "get_size", "set_sizes"]
+__all__ = ["bind_module_attributes", "get_size", "set_size", "set_sizes"]
 
 ATTENTION = "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads: no head can leave"
 
@@ -23,16 +23,23 @@ def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | No
     """Write every size attribute of the structure at the given widths (`None`: dense)."""
     modules = dict(model.named_modules())
     for entry in structure.attributes:
-        owner: object = modules[entry.module]
-        *path, last = entry.attribute.split(".")
-        for name in path:
-            owner = getattr(owner, name)
-        value: object = size(entry.extent, widths)
-        if entry.index is not None:
-            old = list(getattr(owner, last))
-            old[entry.index] = value
-            value = type(getattr(owner, last))(old)
-        object.__setattr__(owner, last, value)
+        set_size(modules, entry.module, entry.attribute, entry.index, size(entry.extent, widths))
+
+
+def set_size(
+    modules: Mapping[str, nn.Module], module: str, attribute: str, index: int | None, value: int
+) -> None:
+    """Write one; entry `index` of it where it is a tuple."""
+    owner: object = modules[module]
+    *path, last = attribute.split(".")
+    for name in path:
+        owner = getattr(owner, name)
+    written: object = value
+    if index is not None:
+        entries = list(getattr(owner, last))
+        entries[index] = value
+        written = type(getattr(owner, last))(entries)
+    object.__setattr__(owner, last, written)
 
 
 def get_size(modules: Mapping[str, nn.Module], entry: SizeAttribute) -> object:

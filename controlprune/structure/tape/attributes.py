@@ -109,7 +109,7 @@ class SizeWatcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not _has_traced((args, tuple(kwargs.values()))):
+        if not _has_traced((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
             return func(*args, **kwargs)
         result = func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
         watch = WATCHED.get(getattr(func, "__name__", ""))
@@ -238,6 +238,14 @@ def _repeat_interleave(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], 
     return [(k, tape.regroup([axis], [axis.size // k, k])[1])]
 
 
+def _grouped_queries(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    """Here torch repeats the keys; with a padding mask transformers does, as often as the module says."""
+    repeats = vars(tape.model.get_submodule(tape.where)).get("num_key_value_groups")
+    query, key = args[0], args[1]
+    axis, heads = _axes(tape, query)[1], key.shape[1]
+    return [(repeats, tape.regroup([axis], [heads, axis.size // heads])[1])]
+
+
 def _group_norm(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
     groups, axis = _argument(args, kwargs, 1, "num_groups"), _axes(tape, args[0])[1]
     return [(groups, tape.regroup([axis], [groups, axis.size // groups])[0])]
@@ -268,6 +276,7 @@ WATCHED: dict[str, Watch] = {
     "narrow": _narrow,
     "__getitem__": _getitem,
     "repeat_interleave": _repeat_interleave,
+    "scaled_dot_product_attention": _grouped_queries,
     "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "rms_norm": _layer_norm,
