@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..plant.joint import inside, members
-from ..plant.optimizer import travelling_dims
+from ..plant.optimizer import entry_dims
 
 __all__ = ["Kept", "kept_state", "require_carried"]
 
@@ -98,8 +98,9 @@ def _kept(
     optimizer: Optimizer, entries: Mapping[str, object], parameter: Tensor, whose: str = ""
 ) -> tuple[Kept, ...]:
     where = f"optimizer: {type(optimizer).__name__} state"
+    found = {key: entry_dims(value, parameter, f"{where} {key!r}{whose}") for key, value in entries.items()}
     return tuple(
-        Kept(key, value.element_size(), travelling_dims(value, parameter, f"{where} {key!r}{whose}"))
+        Kept(key, value.element_size(), found[key])
         for key, value in entries.items()
         if isinstance(value, Tensor)
     )

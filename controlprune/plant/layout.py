@@ -183,7 +183,8 @@ def move(
     for key, dims in state.items():
         assert optimizer is not None
         entries = optimizer.state[tensor]
-        entries[key], homes[key] = _moved_state(spot, key, dims, entries[key], cuts, switch)
+        value = entries[key].clone() if _shared(entries[key], tensor) else entries[key]
+        entries[key], homes[key] = _moved_state(spot, key, dims, value, cuts, switch)
     grad, tensor.grad = tensor.grad, None
     if grad is not None:
         grad = _moved_grad(spot, grad, cuts, switch)
@@ -216,6 +217,11 @@ def _cut(extent: Extent, reads: frozenset[int], masks: Sequence[Tensor], device:
 
 def along(cuts: Cuts, dims: Iterable[int]) -> dict[int, Cut]:
     return {dim: cuts[dim] for dim in dims if dim in cuts}
+
+
+def _shared(state: Tensor, tensor: Tensor) -> bool:
+    """Does an optimizer keep the parameter's own memory? (SAM hands its saved weights back so.)"""
+    return state.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() != 0
 
 
 def _whole(live: Tensor, home: Tensor | None, cuts: Cuts, switch: Switch, kept: Part) -> Tensor:

@@ -31,6 +31,7 @@ from .joint import key_of, members
 __all__ = [
     "Factored",
     "check_optimizer",
+    "entry_dims",
     "factored",
     "require_nothing_beside",
     "travelling",
@@ -106,18 +107,23 @@ def travelling_dims(state: Tensor, parameter: Tensor, where: str) -> tuple[int, 
     )
 
 
-def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value: object) -> tuple[int, ...]:
-    where = f"optimizer: {type(optimizer).__name__} state {key!r} of parameter {name!r}"
+def entry_dims(value: object, parameter: Tensor, where: str) -> tuple[int, ...]:
+    """The same of anything an optimizer keeps: a number has none, a collection of tensors is refused."""
     if isinstance(value, Tensor):
-        dims = travelling_dims(value, parameter, where)
-        if dims and value.device != parameter.device:
-            raise ValueError(f"{where} is on {value.device}, the parameter on {parameter.device}")
-        return dims
+        return travelling_dims(value, parameter, where)
     if next(_tensors(value), None) is not None:
         raise ValueError(f"{where} is a {type(value).__name__} of tensors; only plain tensors can be carried")
-    if hasattr(value, "__array__") and not isinstance(value, (float, int)):
+    if hasattr(value, "__array__"):
         raise ValueError(f"{where} is a {type(value).__name__}; only plain tensors can be carried")
     return ()
+
+
+def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value: object) -> tuple[int, ...]:
+    where = f"optimizer: {type(optimizer).__name__} state {key!r} of parameter {name!r}"
+    dims = entry_dims(value, parameter, where)
+    if dims and isinstance(value, Tensor) and value.device != parameter.device:
+        raise ValueError(f"{where} is on {value.device}, the parameter on {parameter.device}")
+    return dims
 
 
 def require_nothing_beside(optimizer: Optimizer) -> None:
