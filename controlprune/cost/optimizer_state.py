@@ -70,7 +70,7 @@ def _kept_by(optimizer: Optimizer) -> dict[Tensor, tuple[Kept, ...]]:
     return found
 
 
-def require_carried(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+def require_carried(optimizer: Optimizer | None, parameters: Mapping[str, Tensor]) -> None:
     """Refuse, by name, state of the `parameters` that could not follow units, before the first step makes it.
 
     No verdict where a trial step could touch more than its own few elements, or cannot be made.

@@ -51,7 +51,7 @@ class Bench:
     """What is measured, and with what."""
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizer: Optimizer | None
     example_inputs: Any
     deploy_inputs: Any
     instruments: Instruments

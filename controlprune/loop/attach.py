@@ -38,7 +38,7 @@ __all__ = ["attach"]
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
+    optimizer: Optimizer | Sequence[Optimizer] | None,
     *,
     budget: Budget | Price,
     example_inputs: Any,
@@ -54,11 +54,11 @@ def attach(
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
     `optimizer`: the one that steps the model, as it is or as a framework wrapped it (AcceleratedOptimizer),
-    or a list of those that each step a part. `model` may stand in DistributedDataParallel, or be wrapped
-    later; where its parameters are sharded, give `controlprune.trace` of the plain model as `example_inputs`.
-    Else these are a tuple (positional) or a dict (keyword) that it accepts; FLOPs and memory are counted on
-    them (for absolute run totals give the batch of a training step). `deploy_inputs`: what latency and
-    energy are measured on, None: the same.
+    a list of those that each step a part, or None where the loop changes the weights by itself. `model` may
+    stand in DistributedDataParallel, or be wrapped later; where its parameters are sharded, give
+    `controlprune.trace` of the plain model as `example_inputs`. Else these are a tuple (positional) or a dict
+    (keyword) that it accepts; FLOPs and memory are counted on them (for absolute run totals give the batch of
+    a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
     `round_to`: width multiple; None: what the device was measured to run well (cost/grid.py). `park_on`: the
     device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
     None: where they are. Where latency, energy or time is under budget, the C library keeps up to 62 MiB of
@@ -69,8 +69,8 @@ def attach(
     policy = Control() if policy is None else policy
     given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
     _check_arguments(model, budget, total_steps, policy)
-    optimizer = as_one(optimizer)
-    require_nothing_beside(optimizer)
+    stepper = as_one(optimizer)
+    require_nothing_beside(stepper)
     instruments = _metered(instruments or Instruments(), budget, model)
     parking = _parking(park_on)
     sharded = _sharded(model, example_inputs, policy)
@@ -80,9 +80,9 @@ def attach(
     else:
         traced = trace(model, example_inputs, ignored_layers=ignored_layers)
     structure = traced.structure
-    _check_optimizer_covers(model, optimizer, structure)
+    _check_optimizer_covers(model, stepper, structure)
     if not sharded:
-        require_carried(optimizer, _touched(model, structure))
+        require_carried(stepper, _touched(model, structure))
     named, measures = _named(budget), round_to is None and not sharded
     timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
     if timed:
@@ -93,7 +93,7 @@ def attach(
     if deploy_inputs is not None:
         deploy = deploy_inputs
         seen = _deployed(structure, model, deploy, ignored_layers) if gauged else structure
-    bench = Bench(model, optimizer, example_inputs, deploy, instruments, steps, seen)
+    bench = Bench(model, stepper, example_inputs, deploy, instruments, steps, seen)
     found = survey(named, structure, bench, multiples)
 
     def settle(budget: Budget | Price, survey: Survey) -> Setting:
@@ -110,7 +110,7 @@ def attach(
         )
 
     gauge = _gauge(budget, found, bench, structure.sizes)
-    controller = Controller(model, optimizer, budget, found, settle, policy, instruments, gauge, parking)
+    controller = Controller(model, stepper, budget, found, settle, policy, instruments, gauge, parking)
     if given is not model:
         controller.replicate(given)
     return controller
@@ -213,7 +213,9 @@ def _touched(model: nn.Module, structure: Structure) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name in names}
 
 
-def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
+def _check_optimizer_covers(model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> None:
+    if optimizer is None:
+        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     touched = _touched(model, structure)
     missing = [name for name, p in touched.items() if p.requires_grad and id(p) not in held]

@@ -129,9 +129,12 @@ class Controller(Wiring):
         """A training step with this loss is done. Call it after `optimizer.step()`.
 
         `loss`: None where a framework does not give it: what the optimizer's closure returned, or unknown.
-        It may be called for each of several batches whose gradients accumulate, or once for all of them.
+        It may be called for each of several batches whose gradients accumulate, or once for all of them. Of a
+        loop without an optimizer it reads the gradients, so there it comes before `zero_grad`.
         """
         self._require_live("step")
+        if self._plant.optimizer is None:
+            self._see(None, None)
         started = time.process_time()
         self._metering.enter()
         wanted = self._loop.wants_gradients(self.steps + 1)

@@ -69,7 +69,7 @@ class Intake:
         self._ran = False  # the optimizer, since the last step
         self._gradients = False  # there were some when it ran
         self._returned: object = None  # by its closure
-        self._rows: dict[Optimizer, Tensor] = {}
+        self._rows: dict[Optimizer | None, Tensor] = {}
         self._live: tuple[Tensor, ...] | None = None
         self._unread: list[Unread] = []
 
@@ -77,8 +77,8 @@ class Intake:
     def skipped(self) -> int:
         return self.spoilt + self.cadence.skipped
 
-    def before_step(self, optimizer: Optimizer, returned: object = None, *, read: bool) -> None:
-        """The optimizer has its gradients; `returned`: by its closure."""
+    def before_step(self, optimizer: Optimizer | None, returned: object = None, *, read: bool) -> None:
+        """The optimizer (None: the user's own code) has its gradients; `returned`: by its closure."""
         gradients = self.plant.has_gradients
         self._ran, self._gradients, self._returned = True, self._gradients or gradients, returned
         self._rows.pop(optimizer, None)
@@ -86,9 +86,9 @@ class Intake:
             self._rows[optimizer] = _unscaled(self.plant.gate_gradient(self._part(optimizer)), optimizer)
             self._live = self.plant.masks if self.plant.compact else None
 
-    def _part(self, optimizer: Optimizer) -> set[int] | None:
+    def _part(self, optimizer: Optimizer | None) -> set[int] | None:
         """The parameters of one of several optimizers."""
-        if self.plant.optimizer is None or len(stepped(self.plant.optimizer)) == 1:
+        if optimizer is None or len(stepped(self.plant.optimizer)) == 1:
             return None
         return {id(p) for group in optimizer.param_groups for p in group["params"]}
 

@@ -64,7 +64,7 @@ class Wiring(ABC):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         budget: Budget | Price,
         survey: Survey,
         settle: Callable[[Budget | Price, Survey], Setting],
@@ -145,7 +145,7 @@ class Wiring(ABC):
         """The optimizer is called: it is observed when it has its gradients."""
         return when_closed(args, kwargs, lambda returned: self._see(optimizer, returned))
 
-    def _see(self, optimizer: Optimizer, returned: object) -> None:
+    def _see(self, optimizer: Optimizer | None, returned: object) -> None:
         """Are there gradients, and what do the gates see?"""
         started = time.process_time()
         self._metering.enter()
@@ -385,10 +385,12 @@ class Wiring(ABC):
 
 
 def _plant(
-    model: nn.Module, optimizer: Optimizer, structure: Structure, park_on: torch.device | None
+    model: nn.Module, optimizer: Optimizer | None, structure: Structure, park_on: torch.device | None
 ) -> Plant:
     if not is_sharded(model):
         return Plant(model, optimizer, structure, park_on=park_on)
+    if optimizer is None:
+        raise ValueError("optimizer=None: sharded parameters need one; give the optimizer that steps them")
     from ..plant.sharded import ShardedPlant  # it imports a good deal of torch
 
     return ShardedPlant(model, optimizer, structure)

@@ -4,6 +4,7 @@
     SAM                         calls the step of a base optimizer, and has state of its own: both are carried
     [a, b]                      each holds some of the parameters; one held by both is refused
     an object with a `step`     the optimizers that it holds
+    None                        the loop changes the weights by itself
 
 Wrappers are told by what they hold, not by their names. `Joint` shows several to the plant as one optimizer:
 state[p] has the entries of all of them, those of the n-th (n ≥ 1) under "key@n".
@@ -20,8 +21,10 @@ from torch.optim import Optimizer
 __all__ = ["as_one", "inside", "key_of", "members", "stepped"]
 
 
-def as_one(given: object) -> Optimizer:
+def as_one(given: object) -> Optimizer | None:
     """The optimizer that steps, or several as one; an error that begins with "optimizer" if it cannot be."""
+    if given is None:
+        return None
     several = list(given) if isinstance(given, Sequence) else [given]
     found: list[Optimizer] = []
     for one in several:
@@ -42,7 +45,7 @@ def members(optimizer: Optimizer | None) -> list[Optimizer]:
     return optimizer.members if isinstance(optimizer, Joint) else [optimizer]
 
 
-def stepped(optimizer: Optimizer) -> list[Optimizer]:
+def stepped(optimizer: Optimizer | None) -> list[Optimizer]:
     """Those that change the parameters by their gradients: in the end every step calls theirs."""
     found = members(optimizer)
     outer = [o for o in found if any(part is other for part in inside(o) for other in found)]

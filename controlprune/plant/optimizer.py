@@ -126,7 +126,7 @@ def _travels(optimizer: Optimizer, parameter: Tensor, name: str, key: str, value
     return dims
 
 
-def require_nothing_beside(optimizer: Optimizer) -> None:
+def require_nothing_beside(optimizer: Optimizer | None) -> None:
     """Refuse, by name, an optimizer that keeps tensors of a parameter's size outside of `state`."""
     for member in members(optimizer):
         parameters = {id(p): p.numel() for group in member.param_groups for p in group["params"]}

@@ -42,7 +42,7 @@ class Checkpoints:
     """Hooks on `state_dict` and `load_state_dict` of one model and its optimizer."""
 
     def __init__(
-        self, plant: Plant, optimizer: Optimizer, relayout: Callable[[tuple[Tensor, ...], bool], None]
+        self, plant: Plant, optimizer: Optimizer | None, relayout: Callable[[tuple[Tensor, ...], bool], None]
     ):
         self.plant, self.optimizers, self.relayout = plant, members(optimizer), relayout
         self.waiting: list[tuple[Optimizer, Tensor, Any]] = []
