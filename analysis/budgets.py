@@ -210,7 +210,7 @@ def _least(net: Net, clock: Clock) -> float:
     run = start(net, cp.Budget(flops=1.0), 10)
     assert run.controller is not None
     dense = copy.deepcopy(run.model)
-    steps = run.controller._setting.floors
+    steps = run.controller._run.problem.floors
     masks = {
         g.name: torch.arange(g.size) < floor for g, floor in zip(run.controller.groups, steps, strict=True)
     }
@@ -310,7 +310,7 @@ def _energy(net: Net, asked: float, options: argparse.Namespace) -> tuple[float,
         now[0] += (0.15 + 0.85 * share[0]) * (1.0 + 0.05 * noise.standard_normal())
         _ = meter.true  # drawn at the power of this layout
         run.step()
-        share[0] = run.controller._metering.use
+        share[0] = run.controller._run.metering.use
     told = run.controller.cost()["train_energy"].fraction
     return told, (meter.true - began) / (100.0 * options.steps)
 

@@ -89,12 +89,12 @@ def worker(rank: int, world: int, folder: str, args: argparse.Namespace, results
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     ddp = DistributedDataParallel(model)
     x = torch.randint(0, args.vocabulary, (args.batch, args.length))
-    policy = cp.Control(observe_every=1, update_every=UPDATE_EVERY, calibrate_every=2, shrink=False)
+    policy = cp.Control(observe_every=1, update_every=UPDATE_EVERY, shrink=False)
     controller = cp.attach(
         ddp, optimizer, budget=cp.Budget(flops=0.7), example_inputs=(x,), total_steps=10 * args.steps,
         policy=policy, round_to=8,
     )  # fmt: skip
-    replicas = controller._replicas
+    replicas = controller._run.replicas
     before, wall, cpu = (0, 0, 0.0, 0.0), 0.0, 0.0
     for step in range(args.steps + 1):
         if step == 1:  # the first warms up

@@ -16,7 +16,7 @@ import controlprune as cp
 from controlprune.loop.history import Record
 
 BATCH = 16
-QUICK = cp.Control(observe_every=1, update_every=4, calibrate_every=2, trials=2, revise_every=3)
+QUICK = cp.Control(observe_every=1, update_every=4, revise_every=3, looks=1.0)
 
 
 def mlp() -> nn.Module:

@@ -9,7 +9,7 @@ from nets import WORKLOADS
 
 import controlprune as cp
 
-EAGER = cp.Control(observe_every=1, update_every=1, calibrate_every=1, trials=4)  # fills all memories soon
+EAGER = cp.Control(observe_every=1, update_every=1)  # fills all memories soon
 
 
 @pytest.mark.parametrize("name", ["cnn", "gpt"])
@@ -27,6 +27,5 @@ def test_a_controller_holds_little_beside_the_parameters(name: str) -> None:
         optimizer.step()
         controller.step(loss)
         optimizer.zero_grad()
-    assert len(controller._loop.gates.table) == controller._loop.gates.memory  # type: ignore[attr-defined]
     share = speed.extra_bytes(controller) / speed.size_in_bytes(list(model.parameters()))
     assert 0.005 < share <= 0.015

@@ -35,13 +35,13 @@ from ..cost.problem import require_feasible
 from .moves import Array, Rungs, Space, moves_from
 from .search import search
 
-__all__ = ["Problem", "Solution", "solve"]
+__all__ = ["Solution", "Tradeoff", "solve"]
 
 Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class Tradeoff:
     """One trade-off. Arrays are per group (`values[g]`: [N_g]) or per resource (`limits`: [K])."""
 
     values: tuple[NDArray[np.float64], ...]
@@ -110,52 +110,54 @@ class _Ordered:
     rungs: NDArray[np.int64]  # allowed widths
 
 
-def solve(problem: Problem) -> Solution:
+def solve(tradeoff: Tradeoff) -> Solution:
     """Masks and widths of the trade-off; `InfeasibleBudget` if the floors alone exceed a limit."""
-    ranges = require_feasible(problem.costs, problem.limits, problem.floors, problem.sizes, problem.resources)
-    groups = [_ordered(problem, g, problem.held is not None) for g in range(len(problem.values))]
+    ranges = require_feasible(
+        tradeoff.costs, tradeoff.limits, tradeoff.floors, tradeoff.sizes, tradeoff.resources
+    )
+    groups = [_ordered(tradeoff, g, tradeoff.held is not None) for g in range(len(tradeoff.values))]
     narrowest = [group.rungs[0] for group in groups]
-    relaxed = any(c.value(narrowest) > r for c, r in zip(problem.costs, problem.limits, strict=True))
+    relaxed = any(c.value(narrowest) > r for c, r in zip(tradeoff.costs, tradeoff.limits, strict=True))
     if relaxed:
-        groups = [_ordered(problem, g, False) for g in range(len(problem.values))]
+        groups = [_ordered(tradeoff, g, False) for g in range(len(tradeoff.values))]
     space = Space.of(
         ladders=[group.rungs for group in groups],
         curves=[group.worth for group in groups],
-        costs=problem.costs,
-        limits=problem.limits,
-        prices=problem.prices,
+        costs=tradeoff.costs,
+        limits=tradeoff.limits,
+        prices=tradeoff.prices,
         dense=np.array([dense for _, dense in ranges]),
-        tolerance=problem.tolerance,
+        tolerance=tradeoff.tolerance,
     )
-    current = problem.sizes if problem.masks is None else tuple(int(m.sum()) for m in problem.masks)
+    current = tradeoff.sizes if tradeoff.masks is None else tuple(int(m.sum()) for m in tradeoff.masks)
     space, at = search(
-        space, np.array(current), max(problem.steps), problem.grains or (1,) * len(problem.steps)
+        space, np.array(current), max(tradeoff.steps), tradeoff.grains or (1,) * len(tradeoff.steps)
     )
     widths = space.rungs[at]
     masks = tuple(_mask(group.order, n) for group, n in zip(groups, widths, strict=True))
-    costs = np.array([cost.value(widths) for cost in problem.costs])
-    kept = sum(float(np.maximum(v[m], 0).sum()) for v, m in zip(problem.values, masks, strict=True))
+    costs = np.array([cost.value(widths) for cost in tradeoff.costs])
+    kept = sum(float(np.maximum(v[m], 0).sum()) for v, m in zip(tradeoff.values, masks, strict=True))
     return Solution(
         masks=masks,
         widths=tuple(int(n) for n in widths),
         costs=costs,
-        prices=problem.prices + _shadow_prices(space, at),
-        objective=kept - float(problem.prices @ costs),
+        prices=tradeoff.prices + _shadow_prices(space, at),
+        objective=kept - float(tradeoff.prices @ costs),
         ranges=ranges,
         relaxed=relaxed,
     )
 
 
-def _ordered(problem: Problem, g: int, hold: bool) -> _Ordered:
+def _ordered(tradeoff: Tradeoff, g: int, hold: bool) -> _Ordered:
     """Units of group g by value, and the widths that holds leave open (holds give way to the ladder)."""
-    size = len(problem.values[g])
+    size = len(tradeoff.values[g])
     nobody = np.zeros(size, dtype=bool)
-    active = ~nobody if problem.masks is None else np.asarray(problem.masks[g], bool)
-    held = np.asarray(problem.held[g], bool) if hold and problem.held is not None else nobody
-    value = np.maximum(problem.values[g], 0) * np.where(active, 1 + problem.hysteresis, 1.0)
+    active = ~nobody if tradeoff.masks is None else np.asarray(tradeoff.masks[g], bool)
+    held = np.asarray(tradeoff.held[g], bool) if hold and tradeoff.held is not None else nobody
+    value = np.maximum(tradeoff.values[g], 0) * np.where(active, 1 + tradeoff.hysteresis, 1.0)
     place = np.where(held, np.where(active, 0, 2), 1)
-    order = np.lexsort((~active, -problem.values[g], -value, place))
-    rungs = ladder(size, problem.floors[g], problem.steps[g])
+    order = np.lexsort((~active, -tradeoff.values[g], -value, place))
+    rungs = ladder(size, tradeoff.floors[g], tradeoff.steps[g])
     low = rungs[min(np.searchsorted(rungs, int((held & active).sum())), len(rungs) - 1)]
     high = rungs[max(np.searchsorted(rungs, size - int((held & ~active).sum()), side="right") - 1, 0)]
     inside = (rungs >= low) & (rungs <= max(low, high))

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cost.problem import Setting
+from ..cost.problem import Problem
 from ..structure.groups import widths_of
-from .knapsack import Problem, Solution, solve
+from .knapsack import Solution, Tradeoff, solve
 from .uniform import uniform
 
 __all__ = ["FAR", "Stand", "allocate", "floors", "held", "slew", "tolerances", "uniform_under"]
@@ -42,17 +42,17 @@ class Stand:
     hysteresis: float
 
 
-def uniform_under(setting: Setting, limits: Mapping[str, float]) -> tuple[int, ...]:
+def uniform_under(problem: Problem, limits: Mapping[str, float]) -> tuple[int, ...]:
     """n̄; empty where nothing is to be met."""
     if not limits:
         return ()
-    costs = [setting.costs[k] for k in limits]
-    bounds = np.array([r * setting.dense[k] for k, r in limits.items()])
-    return uniform(setting.structure.sizes, costs, bounds, setting.floors, setting.steps)
+    costs = [problem.costs[k] for k in limits]
+    bounds = np.array([r * problem.dense[k] for k, r in limits.items()])
+    return uniform(problem.structure.sizes, costs, bounds, problem.floors, problem.steps)
 
 
 def allocate(
-    setting: Setting,
+    problem: Problem,
     values: Values,
     even: tuple[int, ...],
     stand: Stand,
@@ -60,55 +60,55 @@ def allocate(
     prices: Mapping[str, float],
 ) -> Solution:
     """Masks and shadow prices: under the limits where there are any, else by the prices alone."""
-    names, dense = tuple(setting.costs), np.array(list(setting.dense.values()))
-    sizes, steps, masks = setting.structure.sizes, setting.steps, stand.masks
+    names, dense = tuple(problem.costs), np.array(list(problem.dense.values()))
+    sizes, steps, masks = problem.structure.sizes, problem.steps, stand.masks
     most = slew(sizes, steps)
-    least = setting.floors
+    least = problem.floors
     if even:
         binding = most if stand.at_budget else None
         least = floors(least, steps, even, stand.trust, widths_of(masks), binding)
     bounds = np.array([limits.get(k, np.inf) for k in names]) * dense
     # dormant units are worth much the same: at a price they come back all at once, as many as may
     back = most if limits else np.maximum(np.array(steps), most // 2)
-    problem = Problem(
+    tradeoff = Tradeoff(
         values=values,
-        costs=tuple(setting.costs.values()),
+        costs=tuple(problem.costs.values()),
         limits=bounds,
         prices=np.array([prices.get(k, 0.0) for k in names]) / dense,
         floors=least,
         steps=steps,
-        grains=setting.grains,
+        grains=problem.grains,
         masks=tuple(m.numpy() for m in masks),
         held=held(values, masks, stand.young, back),
         hysteresis=stand.hysteresis,
-        tolerance=tolerances(setting, limits, min(max(_grain(setting), NEAR), FAR)),
+        tolerance=tolerances(problem, limits, min(max(_grain(problem), NEAR), FAR)),
         resources=names,
     )
-    solution = solve(problem)
-    free, far = replace(problem, held=None), tolerances(setting, limits, FAR)
-    for easier in (free, replace(free, floors=setting.floors)) if limits else ():
+    solution = solve(tradeoff)
+    free, far = replace(tradeoff, held=None), tolerances(problem, limits, FAR)
+    for easier in (free, replace(free, floors=problem.floors)) if limits else ():
         if not (bounds - solution.costs > far * dense).all():
             break  # some limit is filled
         solution = solve(easier)
     return solution
 
 
-def tolerances(setting: Setting, limits: Mapping[str, float], counted: float) -> NDArray[np.float64]:
+def tolerances(problem: Problem, limits: Mapping[str, float], counted: float) -> NDArray[np.float64]:
     """[K], fractions of dense; `counted`: of what is known exactly."""
 
     def of(name: str) -> float:
-        if name in setting.totals:
+        if name in problem.totals:
             return FINE
-        return ROUGH * limits.get(name, 1.0) if name in setting.measured else counted
+        return ROUGH * limits.get(name, 1.0) if name in problem.measured else counted
 
-    return np.array([of(name) for name in setting.costs])
+    return np.array([of(name) for name in problem.costs])
 
 
-def _grain(setting: Setting) -> float:
+def _grain(problem: Problem) -> float:
     """What the cheapest unit of the dense net costs, fraction of dense, where that is most."""
-    sizes, dense = np.array(setting.structure.sizes), setting.dense
+    sizes, dense = np.array(problem.structure.sizes), problem.dense
     ones = np.ones(len(sizes))
-    return max(float(c.marginals(sizes, ones).min()) / dense[k] for k, c in setting.costs.items())
+    return max(float(c.marginals(sizes, ones).min()) / dense[k] for k, c in problem.costs.items())
 
 
 def slew(sizes: Sequence[int], steps: Sequence[int]) -> NDArray[np.int64]:

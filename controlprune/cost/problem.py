@@ -21,12 +21,12 @@ from .flops import flops
 from .grid import Steps
 from .polynomial import Polynomial
 
-__all__ = ["Setting", "feasible_range", "make_setting", "require_feasible"]
+__all__ = ["Problem", "feasible_range", "pose", "require_feasible"]
 
 ROOM = 0.9  # of a limit
 
 
-def make_setting(
+def pose(
     structure: Structure,
     budget: Budget | Price,
     costs: Mapping[str, Polynomial],
@@ -37,7 +37,7 @@ def make_setting(
     seed: int,
     multiples: Sequence[int] = (),
     least: Mapping[str, float] | None = None,
-) -> Setting:
+) -> Problem:
     """Targets as fractions of dense, steps and floors; an unreachable budget is an error.
 
     `costs`: at least those of the resources that `budget` names (cost/survey.py). `least`: what the narrowest
@@ -65,7 +65,7 @@ def make_setting(
     floors = steps.ends(sizes)
     if totals or any(used[k].value(floors) > ROOM * limits[k] for k in limits):
         floors = steps.floors
-    return Setting(
+    return Problem(
         structure=structure,
         costs=used,
         dense=dense,
@@ -90,7 +90,7 @@ def _read_elements(structure: Structure) -> int:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Problem:
     """One attached model, in numbers. Resources are fractions of dense unless said otherwise."""
 
     structure: Structure

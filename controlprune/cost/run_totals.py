@@ -18,30 +18,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from ..budget import Target
 from .energy_meter import Counter
 from .instruments import Instruments
+from .measurement import Measurement
 
-__all__ = ["Account", "Accounts"]
+__all__ = ["Accounts"]
 
 ENOUGH = 50  # dense intervals that are kept for the median
 JUMP = 100.0
 ENERGY, TIME, FLOPS = "train_energy", "train_time", "train_flops"
-
-
-@dataclass(frozen=True)
-class Account:
-    """One run total: fractions of a dense run, and the use of one step now (fraction of a dense step)."""
-
-    resource: str
-    spent: float
-    limit: float
-    step: float  # nan: not measured since the layout changed
-    spread: float  # relative error of `step`
 
 
 class Accounts:
@@ -104,7 +93,7 @@ class Accounts:
             self._dense.append(max(passed - own, 0.0))
 
     def beside(self, forwards: float) -> None:
-        """Forward passes of dense cost that were not training (ablations; a probe is three)."""
+        """Forward passes of dense cost that were not training (timings)."""
         self._counts += forwards / 3.0
 
     def laid_out(self) -> None:
@@ -114,15 +103,15 @@ class Accounts:
             self._read_meter()
             self._joules_read, self._steps_read = self._joules, self._done
 
-    def read(self, modelled: Mapping[str, float]) -> list[Account]:
-        """All totals now; `modelled`: what the models say of a step in this layout, fractions of dense."""
+    def read(self, modelled: Mapping[str, float], widths: tuple[int, ...]) -> list[Measurement]:
+        """All totals now; `modelled`: what the models say of a step in the layout of these widths."""
         found = []
         if FLOPS in self.targets:
             limit = self._limit(FLOPS, self._flops)
-            found.append(Account(FLOPS, self._counts / self._steps, limit, math.nan, 0.0))
-        if TIME in self.targets and (account := self._time(modelled[TIME])):
+            found.append(Measurement(FLOPS, widths, math.nan, 0.0, self._counts / self._steps, limit))
+        if TIME in self.targets and (account := self._time(modelled[TIME], widths)):
             found.append(account)
-        if ENERGY in self.targets and (account := self._energy(modelled[ENERGY])):
+        if ENERGY in self.targets and (account := self._energy(modelled[ENERGY], widths)):
             found.append(account)
         return found
 
@@ -140,7 +129,7 @@ class Accounts:
         whole = dense_step * self._steps
         return self.targets[resource].limit(whole) / whole
 
-    def _time(self, modelled: float) -> Account | None:
+    def _time(self, modelled: float, widths: tuple[int, ...]) -> Measurement | None:
         if self._dense:
             self._step_seconds = median(self._dense)
         elif self._window and math.isnan(self._step_seconds):
@@ -154,9 +143,9 @@ class Accounts:
             step, spread = mean / self._step_seconds, deviation / mean / math.sqrt(len(self._window))
             self._window.clear()
         spent = self._elapsed / (self._step_seconds * self._steps)
-        return Account(TIME, spent, self._limit(TIME, self._step_seconds), step, spread)
+        return Measurement(TIME, widths, step, spread, spent, self._limit(TIME, self._step_seconds))
 
-    def _energy(self, modelled: float) -> Account | None:
+    def _energy(self, modelled: float, widths: tuple[int, ...]) -> Measurement | None:
         self._read_meter()
         steps, joules = self._done - self._steps_read, self._joules - self._joules_read
         if steps < 3 or joules <= 0:
@@ -167,7 +156,8 @@ class Accounts:
             self._step_joules = whole
         spent = self._joules / (self._step_joules * self._steps)
         step = joules / steps / self._step_joules
-        return Account(ENERGY, spent, self._limit(ENERGY, self._step_joules), step, 0.3 / math.sqrt(steps))
+        limit = self._limit(ENERGY, self._step_joules)
+        return Measurement(ENERGY, widths, step, 0.3 / math.sqrt(steps), spent, limit)
 
     def _read_meter(self) -> None:
         assert self._meter is not None

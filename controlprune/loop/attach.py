@@ -20,18 +20,18 @@ from ..cost.forward_time import Gauge
 from ..cost.grid import Steps, group_multiples
 from ..cost.instruments import Instruments
 from ..cost.optimizer_state import require_carried
-from ..cost.problem import make_setting
+from ..cost.problem import Problem, pose
 from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
 from ..plant.joint import as_one
 from ..plant.optimizer import require_nothing_beside
-from ..policies.base import Policy, Setting
+from ..policies.base import Policy
 from ..policies.feedback.control import Control
 from ..structure import analyse
 from ..structure.groups import Structure
 from ..structure.traced import Traced, trace
 from .controller import Controller
 from .replicas import is_sharded, unwrapped
-from .run import require_unattached
+from .run import Run, require_unattached
 
 __all__ = ["attach"]
 
@@ -96,8 +96,8 @@ def attach(
     bench = Bench(model, stepper, example_inputs, deploy, instruments, steps, seen)
     found = survey(named, structure, bench, multiples)
 
-    def settle(budget: Budget | Price, survey: Survey) -> Setting:
-        return make_setting(
+    def settle(budget: Budget | Price, survey: Survey) -> Problem:
+        return pose(
             structure,
             budget,
             {**survey.costs, **exact_costs(_named(budget), structure)},
@@ -110,10 +110,10 @@ def attach(
         )
 
     gauge = _gauge(budget, found, bench, structure.sizes)
-    controller = Controller(model, stepper, budget, found, settle, policy, instruments, gauge, parking)
+    run = Run(model, stepper, budget, found, settle, policy, instruments, gauge, parking)
     if given is not model:
-        controller.replicate(given)
-    return controller
+        run.replicate(given)
+    return Controller(run)
 
 
 def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:

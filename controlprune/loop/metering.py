@@ -1,8 +1,8 @@
 """Metering: what the live net and the run really use, as the policy is told it.
 
-    when the tensors have new shapes,   the gauge times the forward pass       {resource: Reading}
+    when the tensors have new shapes,   the gauge times the forward pass
     and every `AGAIN` steps
-    at every update                     the accounts say what the run spent    [Account]
+    at every update                     the accounts say what the run spent
 
 Among replicas each figure is the mean over the ranks that have it, so that all of them decide on the same
 (`agree`: a vector on this rank, NaN where it is not known here -> the mean of it; loop/replicas.py).
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ..budget import TOTALS, Budget, Price, Target
 from ..cost.flops import flops
-from ..cost.forward_time import Gauge, Reading
+from ..cost.forward_time import Gauge
 from ..cost.instruments import Instruments
-from ..cost.run_totals import Account, Accounts
+from ..cost.measurement import Measurement
+from ..cost.problem import Problem
+from ..cost.run_totals import Accounts
 from ..cost.survey import Survey
-from ..policies.base import Setting
 
 __all__ = ["AGAIN", "Metering"]
 
@@ -41,7 +42,7 @@ class Metering:
 
     def __init__(
         self,
-        setting: Setting,
+        problem: Problem,
         budget: Budget | Price,
         instruments: Instruments,
         gauge: Gauge | None,
@@ -49,10 +50,10 @@ class Metering:
     ) -> None:
         self.use = 1.0
         self.gauge = gauge
-        self._work, self._whole = flops(setting.structure), setting.flops
-        self._sizes = setting.structure.sizes
+        self._work, self._whole = flops(problem.structure), problem.flops
+        self._sizes = problem.structure.sizes
         self._open = lambda budget: Accounts(
-            _run_targets(budget), setting.total_steps, 3.0 * setting.flops, instruments
+            _run_targets(budget), problem.total_steps, 3.0 * problem.flops, instruments
         )
         self.accounts: Accounts = self._open(budget)
         self._agree = agree
@@ -74,34 +75,31 @@ class Metering:
         self._own = 0.0
         self.enter()
 
-    def beside(self, live: float = 0.0, dense: float = 0.0) -> None:
-        """Forward passes that were not training, of the live and of the dense net."""
-        self.accounts.beside(live * self.use + dense)
-
-    def laid_out(self, widths: Widths, model: nn.Module | None) -> dict[str, Reading]:
+    def laid_out(self, widths: Widths, model: nn.Module | None) -> list[Measurement]:
         """The tensors have these widths now; what the forward of `model` then takes, where it is gauged."""
         self.use = self._work.value(widths) / self._whole
-        found = {} if model is None or self.gauge is None else self.gauge.read(model)
-        if found:  # all were read in the same forwards
-            first = next(iter(found.values()))
-            self.beside(live=first.live, dense=first.dense)
         self.accounts.laid_out()
-        agreed: dict[str, Reading] = {}
-        for name, reading in found.items():
-            fraction, spread = self._mean(reading.fraction, reading.spread)
-            agreed[name] = replace(reading, fraction=fraction, spread=spread)
-        return agreed
+        if self.gauge is None or model is None:
+            return []
+        reading, names = self.gauge.read(model), self.gauge.resources
+        mine = [math.nan] * (1 + len(names))
+        if reading is not None:
+            self.accounts.beside(reading.live * self.use + reading.dense)
+            mine = [reading.spread, *(reading.use[name] for name in names)]
+        spread, *use = self._mean(*mine)
+        found = zip(names, use, strict=True)
+        return [Measurement(name, widths, y, spread) for name, y in found if not math.isnan(y)]
 
-    def read(self, setting: Setting, widths: Widths) -> list[Account]:
+    def read(self, problem: Problem, widths: Widths) -> list[Measurement]:
         """Where the run totals stand."""
-        modelled = {name: setting.fraction(name, widths) for name in sorted(setting.totals)}
+        modelled = {name: problem.fraction(name, widths) for name in sorted(problem.totals)}
         if not modelled:
             return []
-        known = {account.resource: account for account in self.accounts.read(modelled)}
+        known = {found.resource: found for found in self.accounts.read(modelled, widths)}
         nothing = [math.nan] * 4
-        rows = [list(astuple(known[name])[1:]) if name in known else nothing for name in modelled]
+        rows = [list(astuple(known[name])[2:]) if name in known else nothing for name in modelled]
         agreed = torch.tensor(self._mean(*(x for row in rows for x in row))).view(-1, 4).tolist()
-        found = [Account(name, *row) for name, row in zip(modelled, agreed, strict=True)]
+        found = [Measurement(name, widths, *row) for name, row in zip(modelled, agreed, strict=True)]
         return [account for account in found if not math.isnan(account.spent)]
 
     def retarget(self, budget: Budget | Price) -> None:

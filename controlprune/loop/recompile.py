@@ -11,22 +11,23 @@ budget (p = 1), p = (1 − C(n)) / (1 − r), new widths are taken only
 so the budget can be reached and room for one revision is left. Widths known already, and other units
 at the same widths, are free. Masks alone change no shape.
 
-A compiled forward goes past the hooks that are set after it was compiled: that is how it is told.
+That a model is compiled is told by dynamo: it has compiled frames since the run began.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ..policies.base import Setting
+from ..cost.problem import Problem
 from ..policies.feedback.pace import recompile_pays
 from ..structure.groups import widths_of
 
-__all__ = ["COMPILED", "Layouts", "progress"]
+__all__ = ["COMPILED", "Layouts", "compilations", "progress"]
 
 COMPILED = 4
 
@@ -38,8 +39,7 @@ class Layouts:
     """The sets of widths that the tensors of a run have had, and whether another one may follow."""
 
     seen: dict[Widths, float] = field(default_factory=dict)  # widths -> progress p when they came
-    looked: bool = False  # was a hook set, to tell whether the model is compiled?
-    compiled: bool = False  # and did the forward go past it?
+    compiled: bool = False
 
     def admits(self, widths: Widths, progress: float, pays: bool = True) -> bool:
         if not self.compiled or widths in self.seen:
@@ -50,40 +50,46 @@ class Layouts:
         return progress >= 1.0 - 1e-9 or progress - max(self.seen.values(), default=0.0) >= stride - 1e-9
 
     def choose(
-        self, setting: Setting, masks: Sequence[Tensor], *, compact: bool, held: Widths, left: int
+        self, problem: Problem, masks: Sequence[Tensor], *, compact: bool, held: Widths, left: int
     ) -> bool | None:
         """Compact or not, where `compact` is wanted and tensors of widths `held` have `left` steps to go.
 
         Where a compiled model may not take those shapes: masked, which changes none, if it is so now, else
         None: hold.
         """
-        resource = next(iter(setting.costs))
-        then = widths_of(masks) if compact else setting.structure.sizes
+        resource = next(iter(problem.costs))
+        then = widths_of(masks) if compact else problem.structure.sizes
         pays = recompile_pays(
-            setting, setting.fraction(resource, held), setting.fraction(resource, then), left
+            problem, problem.fraction(resource, held), problem.fraction(resource, then), left
         )
-        if self.admits(then, progress(setting, widths_of(masks)), pays):
+        if self.admits(then, progress(problem, widths_of(masks)), pays):
             return compact
-        return False if held == setting.structure.sizes else None
+        return False if held == problem.structure.sizes else None
 
     def take(self, widths: Widths, progress: float) -> None:
         self.seen.setdefault(widths, progress)
 
     def __str__(self) -> str:
-        limit = f", at most {COMPILED} under torch.compile (no calibration, no probes)"
+        limit = f", at most {COMPILED} under torch.compile"
         return f"{len(self.seen)} sets of widths so far{limit if self.compiled else ''}"
 
     def state_dict(self) -> dict[str, Any]:
         seen = [[list(widths), progress] for widths, progress in self.seen.items()]
-        return {"seen": seen, "looked": self.looked, "compiled": self.compiled}
+        return {"seen": seen, "compiled": self.compiled}
 
     @staticmethod
     def of(state: Mapping[str, Any]) -> Layouts:
         seen = {tuple(map(int, widths)): float(progress) for widths, progress in state["seen"]}
-        return Layouts(seen, bool(state["looked"]), bool(state["compiled"]))
+        return Layouts(seen, bool(state["compiled"]))
 
 
-def progress(setting: Setting, widths: Widths) -> float:
+def progress(problem: Problem, widths: Widths) -> float:
     """How far from dense (0) to the budget (1), by the resource that is furthest behind."""
-    target = {k: r for k, r in setting.budget.items() if r < 1.0}
-    return min(((1.0 - setting.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0)
+    target = {k: r for k, r in problem.budget.items() if r < 1.0}
+    return min(((1.0 - problem.fraction(k, widths)) / (1.0 - r) for k, r in target.items()), default=0.0)
+
+
+def compilations() -> int:
+    """Frames that dynamo has compiled in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["frames"]["ok"])

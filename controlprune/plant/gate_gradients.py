@@ -46,6 +46,10 @@ class Watch:
         self.silent = at(spot.cuts, "silent")
         self.record = {d: _zeros(len(index), parameter) for d, index in self.silent.items()}
         self.norm = _zeros((), parameter)
+        self.left, self.version = (
+            parameter.grad,
+            -1,
+        )  # as it was left
         self.handles = [
             parameter.register_hook(lambda _: self.settle()),
             parameter.register_post_accumulate_grad_hook(self.arrive),
@@ -65,6 +69,9 @@ class Watch:
         if self.parameter.grad is None:
             self.record = {d: torch.zeros_like(record) for d, record in self.record.items()}
             return
+        left = self.left
+        if left is not None and self.parameter.grad is left and left._version == self.version:
+            return  # nobody has written on it
         now = _norm(self.parameter.grad)
         ratio = torch.where(self.norm > 0, now / self.norm, 1.0)
         self.record = {d: torch.where(now > 0, record * ratio, 0.0) for d, record in self.record.items()}
@@ -92,6 +99,7 @@ class Watch:
             self.record[d] = self.record[d] + inner(column, parameter.grad.index_select(d, index), d)
         fill_zero_(parameter.grad, self.silent)
         self.norm = _norm(parameter.grad)
+        self.left, self.version = parameter.grad, parameter.grad._version
 
 
 @dataclass(frozen=True)

@@ -1,79 +1,105 @@
-"""What every policy is given, and what it answers: the interface between plant and controller.
+"""What a policy sees and answers: the interface between the loop and whoever decides.
 
-A policy is a frozen settings object; `begin(setting)` gives the loop that runs with one model. The
-loop sees statistics and answers masks; it never touches the model, and what it needs of the next step
-(an observation, a recorded batch) it says beforehand.
+    begin(problem)       the policy at work on one model
+    wants(step)          what it needs of the step that comes: gate gradients? a decision after it?
+    sees(observation)    a step is over: its loss, and the gate gradients where they were wanted
+    decide(observation)  what the plant is to become; None: as it is
+    state_dict()         what it needs to go on as if it had not stopped
+
+All but `decide` have defaults. It is called before the first step (`step` 0), after every step for which a
+decision was wanted, and by `finalize` (`final`), where the answer must be within the budget. A policy never
+touches the model. All vectors have one entry per unit, the groups one after the other (`problem.split`).
 """
 
 from __future__ import annotations
 
+import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..cost.problem import Setting
-from ..saliency.experiments import Trial
-from ..saliency.network import Experiment
+from ..cost.measurement import Measurement
+from ..cost.problem import Problem
 
-__all__ = ["Decision", "Loop", "Policy"]
+__all__ = ["Decision", "Observation", "Policy", "Wants"]
+
+P = TypeVar("P", bound="Policy")
+UPDATES = 60  # decisions in a run, where a policy does not say when
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What is needed of one step."""
+
+    gradients: bool = False
+    decision: bool = False
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known after a step (`sees`), and of the net as it stands (`decide`)."""
+
+    step: int
+    loss: float  # nan: not given, or no step was good yet
+    gradients: Tensor | None = None  # ∂L/∂g of every unit, NaN where it is absent; None: not read
+    norms: Tensor | None = None  # Σ w² over the columns that read each unit; in `decide` only
+    masks: tuple[Tensor, ...] = ()  # per group, True = active; in `decide` only
+    compact: bool = False  # are the others out of the tensors?
+    measurements: tuple[Measurement, ...] = ()  # what was measured since the last decision
+    final: bool = False  # the run ends with this decision
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the plant is to become: masks per group, physically shrunk or not."""
+    """What the plant is to become: masks per group, physically shrunk or not; and what it was based on."""
 
     masks: tuple[Tensor, ...]
-    compact: bool
-    reference: Mapping[str, float]
-    price: Mapping[str, float]
-    event: str = ""
+    compact: bool = True
+    reference: Mapping[str, float] = field(default_factory=dict)  # resource -> asked for, fraction of dense
+    price: Mapping[str, float] = field(default_factory=dict)  # resource -> loss per dense use
+    event: str = ""  # for the history
 
 
-class Loop(Protocol):
-    """One run of a policy. All methods are called between optimizer steps."""
+class Policy(ABC):
+    """Override `decide`; the rest as far as it is needed."""
 
-    def first(self) -> Decision | None: ...
+    problem: Problem  # of the model at work on
 
-    def wants_gradients(self, step: int) -> bool: ...
+    def begin(self: P, problem: Problem) -> P:
+        """A policy at work on this problem; `self` stays as the user made it."""
+        run = copy.copy(self)
+        run.problem = problem
+        return run
 
-    def wants_batch(self, step: int) -> bool: ...
+    def wants(self, step: int) -> Wants:
+        """Of step `step`, which comes next."""
+        every = max(1, self.problem.total_steps // UPDATES)
+        return Wants(gradients=True, decision=step % every == 0)
 
-    def see_batch(self, examples: int) -> None: ...
+    def sees(self, observation: Observation) -> None:  # noqa: B027 — a policy may have no memory
+        """A step is over and was good."""
 
-    def observe(self, gradients: Tensor, weights: Tensor) -> None:
-        """Gate gradients and squared norms per unit, NaN where not observed (norms: at updates only)."""
-        ...
+    @abstractmethod
+    def decide(self, observation: Observation) -> Decision | None:
+        """The masks from here on, or None: as they are."""
 
-    def watch(self, step: int, loss: float) -> None: ...
+    def retarget(self, problem: Problem) -> None:
+        """The user changed the budget during the run."""
+        self.problem = problem
 
-    def trials(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> list[Trial]: ...
+    def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
+        """Use of every budgeted resource at these widths, fractions of dense, as far as it is known."""
+        return {name: self.problem.fraction(name, widths) for name in self.problem.costs}
 
-    def feel(self, resource: str, widths: tuple[int, ...], measured: float, spread: float) -> None: ...
+    def describe(self) -> list[str]:
+        """Lines for the report."""
+        return []
 
-    def account(self, resource: str, widths: tuple[int, ...], spent: float, limit: float) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
-    def realised(self, widths: tuple[int, ...]) -> Mapping[str, float]: ...
-
-    def retarget(self, setting: Setting) -> None: ...
-
-    def describe(self) -> list[str]: ...
-
-    def learn(self, step: int, masks: tuple[Tensor, ...], outcomes: list[Experiment]) -> None: ...
-
-    def wants_probe(self, step: int, compact: bool) -> bool: ...
-
-    def wants_decision(self, step: int) -> bool: ...
-
-    def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision: ...
-
-    def last(self, masks: tuple[Tensor, ...]) -> Decision: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Policy(Protocol):
-    def begin(self, setting: Setting) -> Loop: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """The reverse; an error if it is not what `state_dict` gave."""

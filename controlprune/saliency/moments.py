@@ -90,7 +90,7 @@ class LossTrend:
     @property
     def slope(self) -> float:
         """Relative fall from the slow to the fast mean: 0 when settled, > 0 while still falling."""
-        return (self.slow - self.fast) / max(abs(self.slow), 1e-12)
+        return (self.slow - self.fast) / max(abs(self.slow), 1e-300)
 
 
 def track_loss(trend: LossTrend, loss: float, horizon: int) -> LossTrend:

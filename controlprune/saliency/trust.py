@@ -39,7 +39,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..cost.polynomial import Polynomial
-from ..cost.problem import Setting
+from ..cost.problem import Problem
 
 __all__ = ["Values", "believed", "by_norm", "margin_scale", "prior_values", "stability", "trusted"]
 
@@ -98,14 +98,14 @@ def prior_values(
     )
 
 
-def believed(setting: Setting, values: Tensor, trust: float, even: tuple[int, ...]) -> tuple[Values, float]:
+def believed(problem: Problem, values: Tensor, trust: float, even: tuple[int, ...]) -> tuple[Values, float]:
     """ṽ per group from v of all units, and s: the price at which the uniform allocation would be the best."""
-    sizes = setting.structure.sizes
+    sizes = problem.structure.sizes
     split = tuple(x.numpy() for x in torch.split(values.double(), list(sizes)))
     if not even:
         return split, 0.0
-    limited = [k for k in setting.costs if k not in setting.prices]
-    shares = 1.0 / np.array([setting.dense[k] for k in limited])
-    prior = prior_values(even, [setting.costs[k] for k in limited], sizes, shares)
+    limited = [k for k in problem.costs if k not in problem.prices]
+    shares = 1.0 / np.array([problem.dense[k] for k in limited])
+    prior = prior_values(even, [problem.costs[k] for k in limited], sizes, shares)
     scale = margin_scale(split, prior, even)
     return trusted(split, prior, scale, trust), scale

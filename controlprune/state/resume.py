@@ -19,9 +19,9 @@ from .checksum import checksum
 
 __all__ = ["FORMAT", "budget_of", "plain_budget", "require_alike", "require_state", "signed"]
 
-FORMAT = 6
+FORMAT = 7
 PARTS = ("plant", "loop", "history", "accounts", "layouts", "survey")
-NEEDED = ("policy", *PARTS, "budget", "counts", "intake", "loss", "seconds", "checksum")
+NEEDED = ("policy", *PARTS, "budget", "counts", "measurements", "intake", "loss", "seconds", "checksum")
 
 KINDS: Mapping[type, tuple[type, ...]] = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}
 

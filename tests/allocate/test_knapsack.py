@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from controlprune.allocate import search as search_module
-from controlprune.allocate.knapsack import Problem, solve
+from controlprune.allocate.knapsack import Tradeoff, solve
 from controlprune.allocate.uniform import uniform
 from controlprune.budget import InfeasibleBudget
 from controlprune.cost.grid import ladder
@@ -38,10 +38,10 @@ def random_values(sizes: tuple[int, ...], seed: int) -> tuple[np.ndarray, ...]:
     return tuple(rng.exponential(size=n) * rng.lognormal(sigma=0.7) for n in sizes)
 
 
-def problem(sizes, values, fraction=0.5, step=1, price=0.0, costs=None, **changes) -> Problem:
+def problem(sizes, values, fraction=0.5, step=1, price=0.0, costs=None, **changes) -> Tradeoff:
     costs = costs or (chain(sizes),)
     dense = np.array([cost.value(sizes) for cost in costs])
-    return Problem(
+    return Tradeoff(
         values=values,
         costs=costs,
         limits=dense * fraction,
@@ -52,7 +52,7 @@ def problem(sizes, values, fraction=0.5, step=1, price=0.0, costs=None, **change
     )
 
 
-def brute_force(p: Problem) -> float:
+def brute_force(p: Tradeoff) -> float:
     """Best objective over every width vector, landing not asked for."""
     rungs = [ladder(n, f, s) for n, f, s in zip(p.sizes, p.floors, p.steps, strict=True)]
     grid = np.stack(np.meshgrid(*rungs, indexing="ij"), axis=-1).reshape(-1, len(rungs))
@@ -260,7 +260,7 @@ def test_bad_problems_are_refused(changes, message) -> None:
         "steps": (1,),
     }
     with pytest.raises(ValueError, match=message):
-        Problem(**(arguments | changes))
+        Tradeoff(**(arguments | changes))
 
 
 @settings(max_examples=40, deadline=None)

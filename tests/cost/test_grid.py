@@ -13,12 +13,12 @@ from nets import WORKLOADS
 from torch import nn
 
 import controlprune as cp
-from controlprune.allocate.knapsack import Problem, solve
+from controlprune.allocate.knapsack import Tradeoff, solve
 from controlprune.app.tasks import lenet
 from controlprune.cost import grid as rounding
 from controlprune.cost.cache import device_name
 from controlprune.cost.flops import flops
-from controlprune.cost.problem import make_setting
+from controlprune.cost.problem import pose
 from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
 
@@ -103,7 +103,7 @@ def test_attach_takes_what_was_measured_unless_told(round_to: int | None, steps:
         total_steps=10,
         round_to=round_to,
     )
-    assert controller._setting.steps == steps
+    assert controller._run.problem.steps == steps
 
 
 CNNS = {
@@ -121,7 +121,7 @@ def test_the_budget_is_still_filled(net: str, share: float) -> None:
     model = build()
     structure: Structure = analyse(model, (torch.zeros(1, *shape),))
     found = rounding.group_multiples(structure, dict(model.named_parameters()))
-    setting = make_setting(
+    problem = pose(
         structure,
         cp.Budget(flops=share),
         {"flops": flops(structure)},
@@ -131,19 +131,19 @@ def test_the_budget_is_still_filled(net: str, share: float) -> None:
         seed=0,
         multiples=found,
     )
-    cost, dense = flops(structure), setting.dense["flops"]
+    cost, dense = flops(structure), problem.dense["flops"]
     draw = np.random.default_rng(0)
     off = []
     for _ in range(5):
         values = tuple(draw.lognormal(0, 1, n) * draw.lognormal(0, 1) / n for n in structure.sizes)
-        problem = Problem(
+        problem = Tradeoff(
             values,
             (cost,),
             np.array([share * dense]),
             np.zeros(1),
-            setting.floors,
-            setting.steps,
-            setting.grains,
+            problem.floors,
+            problem.steps,
+            problem.grains,
         )
         solution = solve(problem)
         assert share - 0.02 <= solution.costs[0] / dense <= share * (1 + 1e-9)

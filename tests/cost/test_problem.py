@@ -10,19 +10,19 @@ from rig import flops, mlp
 
 from controlprune.budget import Budget, InfeasibleBudget, Price
 from controlprune.cost.grid import Steps, width_steps
-from controlprune.cost.problem import make_setting
+from controlprune.cost.problem import pose
 from controlprune.cost.survey import exact_costs
-from controlprune.policies.base import Setting
+from controlprune.policies.base import Problem
 from controlprune.structure import analyse
 
 X = torch.zeros(2, 8)
 
 
-def setting(budget: Budget | Price, round_to: int | None = None) -> Setting:
+def problem(budget: Budget | Price, round_to: int | None = None) -> Problem:
     structure = analyse(mlp(), (X,))
     named = budget.targets() if isinstance(budget, Budget) else budget.prices()
     costs = exact_costs(named, structure)
-    return make_setting(structure, budget, costs, total_steps=10, round_to=round_to, batch=2, seed=0)
+    return pose(structure, budget, costs, total_steps=10, round_to=round_to, batch=2, seed=0)
 
 
 def test_width_steps() -> None:
@@ -49,7 +49,7 @@ def test_between_blocks_there_is_nothing_where_the_clock_is_under_budget() -> No
 
 def test_a_budget_becomes_fractions() -> None:
     model = mlp()
-    found = setting(Budget(flops="60%", params="1 k"))
+    found = problem(Budget(flops="60%", params="1 k"))
     parameters = sum(p.numel() for p in model.parameters())
     assert found.dense == {"flops": flops(model, X), "params": parameters}
     assert found.budget == {"flops": pytest.approx(0.6), "params": pytest.approx(1000 / parameters)}
@@ -61,17 +61,17 @@ def test_a_budget_becomes_fractions() -> None:
 
 
 def test_an_amount_above_dense_asks_for_nothing() -> None:
-    assert setting(Budget(flops="9 GFLOP")).budget == {"flops": 1.0}
+    assert problem(Budget(flops="9 GFLOP")).budget == {"flops": 1.0}
 
 
 def test_a_price_has_no_limit() -> None:
-    found = setting(Price(flops=0.1, params=2))
+    found = problem(Price(flops=0.1, params=2))
     assert (found.budget, found.prices) == ({}, {"flops": 0.1, "params": 2.0})
     assert set(found.costs) == {"flops", "params"}
 
 
 def test_a_floor_of_whole_steps_bounds_what_can_be_reached() -> None:
-    least = setting(Budget(flops=1.0)).fraction("flops", (8, 8))
-    setting(Budget(flops=least * 1.001), round_to=8)
+    least = problem(Budget(flops=1.0)).fraction("flops", (8, 8))
+    problem(Budget(flops=least * 1.001), round_to=8)
     with pytest.raises(InfeasibleBudget, match="flops"):
-        setting(Budget(flops=least * 0.999), round_to=8)
+        problem(Budget(flops=least * 0.999), round_to=8)

@@ -11,6 +11,8 @@ from controlprune.budget import Target
 from controlprune.cost.instruments import Instruments
 from controlprune.cost.run_totals import Accounts
 
+WIDTHS = (3,)
+
 
 @dataclass
 class Clock:
@@ -29,7 +31,7 @@ def test_flops_are_counted_on_the_layout_that_ran() -> None:
     for use in [1.0] * 10 + [0.4] * 20:
         book.step(use)
     book.beside(3.0)  # three forwards are a step
-    (account,) = book.read({})
+    (account,) = book.read({}, WIDTHS)
     assert account.spent == pytest.approx((10 + 8 + 1) / 100)
     assert account.limit == 0.5
     assert book.used() == {"train_flops": pytest.approx(19 * 3e6)}
@@ -38,7 +40,7 @@ def test_flops_are_counted_on_the_layout_that_ran() -> None:
 
 def test_a_limit_in_flop() -> None:
     book = accounts(Clock(), train_flops=Target(6e7, False))
-    assert book.read({})[0].limit == pytest.approx(0.2)
+    assert book.read({}, WIDTHS)[0].limit == pytest.approx(0.2)
 
 
 def test_time_is_what_the_clock_says() -> None:
@@ -47,16 +49,16 @@ def test_time_is_what_the_clock_says() -> None:
     for _ in range(20):
         clock.now += 0.01
         book.step(1.0)
-    (account,) = book.read({"train_time": 1.0})
+    (account,) = book.read({"train_time": 1.0}, WIDTHS)
     assert account.spent == pytest.approx(0.2)
     assert account.limit == 0.5
-    assert account.step == pytest.approx(1.0)
+    assert account.use == pytest.approx(1.0)
     book.laid_out()
     for _ in range(20):
         clock.now += 0.006
         book.step(0.5)
-    (account,) = book.read({"train_time": 0.575})
-    assert account.step == pytest.approx(0.6)
+    (account,) = book.read({"train_time": 0.575}, WIDTHS)
+    assert account.use == pytest.approx(0.6)
     assert account.spent == pytest.approx(0.2 + 0.6 * 0.2)
     assert book.used()["train_time"] == pytest.approx(0.32)
     assert book.dense()["train_time"] == pytest.approx(1.0)
@@ -65,11 +67,11 @@ def test_time_is_what_the_clock_says() -> None:
 def test_seconds_become_a_fraction_once_a_dense_step_is_known() -> None:
     clock = Clock()
     book = accounts(clock, train_time=Target(0.4, False))
-    assert book.read({"train_time": 1.0}) == []
+    assert book.read({"train_time": 1.0}, WIDTHS) == []
     for _ in range(5):
         clock.now += 0.01
         book.step(1.0)
-    assert book.read({"train_time": 1.0})[0].limit == pytest.approx(0.4)
+    assert book.read({"train_time": 1.0}, WIDTHS)[0].limit == pytest.approx(0.4)
 
 
 def test_what_the_controller_takes_is_spent_but_not_dense_training() -> None:
@@ -78,9 +80,9 @@ def test_what_the_controller_takes_is_spent_but_not_dense_training() -> None:
     for _ in range(20):
         clock.now += 0.012
         book.step(1.0, own=0.002)
-    [account] = book.read({"train_time": 1.0})
+    [account] = book.read({"train_time": 1.0}, WIDTHS)
     assert book.dense()["train_time"] == pytest.approx(1.0)
-    assert account.step == pytest.approx(1.2)
+    assert account.use == pytest.approx(1.2)
     assert account.spent == pytest.approx(0.24)
 
 
@@ -90,7 +92,7 @@ def test_a_run_that_never_was_dense_takes_the_models_word() -> None:
     for _ in range(5):
         clock.now += 0.004
         book.step(0.3)
-    book.read({"train_time": 0.4})
+    book.read({"train_time": 0.4}, WIDTHS)
     assert book.dense()["train_time"] == pytest.approx(1.0)
 
 
@@ -111,7 +113,7 @@ def test_what_was_spent_survives_a_restart() -> None:
     for _ in range(20):
         clock.now += 0.01
         book.step(1.0)
-    book.read({"train_time": 1.0})
+    book.read({"train_time": 1.0}, WIDTHS)
     clock.now += 1e6  # the process was gone for long
     again = accounts(clock, **targets)
     again.load_state_dict(book.state_dict())

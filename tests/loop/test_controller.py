@@ -45,12 +45,11 @@ def test_attaching_consumes_no_random_numbers() -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "residual"])
 def test_a_run_with_nothing_to_cut_is_the_users_own(net: str) -> None:
-    """Observing, ablating and probing disturb neither weights nor BatchNorm nor the random numbers."""
+    """Observing disturbs neither weights nor BatchNorm nor the random numbers."""
     run, alone = (rig(net, budget=cp.Budget(flops=1.0), total_steps=50, policy=QUICK) for _ in range(2))
     alone.controller.detach()
     run.train(0, 50)
-    scored = run.controller.state_dict()["loop"]["gates"]["table"]
-    assert len(scored) > 0  # ablations did take place
+    assert (run.controller.state_dict()["loop"]["units"]["moments"]["count"] > 0).all()
     for step in range(1, 51):
         torch.manual_seed(step)
         x, y = batch(step, alone.shape)
@@ -133,7 +132,7 @@ def test_a_report_names_groups_and_refusals() -> None:
     for group in run.controller.groups:
         assert group.name in text
     assert "60 steps, 0 skipped" in text
-    assert "rank correlation" in text
+    assert "sets of widths" in text
 
 
 def test_ignored_layers_and_round_to() -> None:
@@ -169,14 +168,14 @@ def test_no_cycle_keeps_a_detached_controller() -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("net", ["mlp", "residual"])
 def test_parking_on_the_host_changes_nothing(net: str, device: str) -> None:
-    """Shrinks, probes, ablations, checkpoints and returns, with what is absent here or on the host."""
+    """Shrinks, looks, checkpoints and returns, with what is absent here or on the host."""
     runs = [rig(net, total_steps=80, shrink_at=24, device=device, park_on=park) for park in (None, "cpu")]
     for run in runs:
         run.train(0, 60)
         run.controller.load_state_dict(run.controller.state_dict())
         run.train(60, 80)
     beside, host = (run.controller.plant for run in runs)
-    assert any("probe" in row.event for row in runs[1].controller.history)
+    assert any("look" in row.event for row in runs[1].controller.history)
     homes = [
         home for spot in host.spots for home in (spot.home, *spot.state_home.values()) if home is not None
     ]

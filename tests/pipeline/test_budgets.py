@@ -50,7 +50,7 @@ def timed(fixed: float, target: float, steps: int = 300) -> float:
     for step in range(steps):
         run.train(step, step + 1)
         run.controller.shrink()  # for nets as small as these it would not pay
-        ticks.step(run.controller._metering.use)
+        ticks.step(run.controller._run.metering.use)
     return ticks() / steps
 
 
@@ -132,7 +132,7 @@ def test_latency_is_measured_and_fed_back() -> None:
         budget=cp.Budget(latency=0.5),
         example_inputs=(x,),
         total_steps=60,
-        policy=cp.Control(calibrate_every=0),
+        policy=cp.Control(),
         instruments=cp.Instruments(clock=time.process_time),
     )
     for _ in range(60):
@@ -172,15 +172,18 @@ def test_a_latency_is_modelled_on_what_is_deployed() -> None:
 def test_one_measurement_is_booked_once_whatever_it_tells() -> None:
     """Latency and joules are read in the same forwards, and both count what they cost."""
     run = rig("mlp", total_steps=100)
-    metering = run.controller._metering
-    reading = Reading(0.5, 0.01, live=30, dense=60)
+    metering = run.controller._run.metering
+    reading = Reading({"latency": 0.5, "energy": 0.5}, 0.01, live=30, dense=60)
 
     class Both:
-        def read(self, model: nn.Module) -> dict[str, Reading]:
-            return {"latency": reading, "energy": reading}
+        resources = ("latency", "energy")
+
+        def read(self, model: nn.Module) -> Reading:
+            return reading
 
     metering.gauge = Both()  # type: ignore[assignment]
     whole = metering._work.value((32, 24))
-    metering.laid_out((16, 12), run.model)
+    found = metering.laid_out((16, 12), run.model)
+    assert [(m.resource, m.use) for m in found] == [("latency", 0.5), ("energy", 0.5)]
     live = metering._work.value((16, 12)) / whole
     assert metering.accounts._counts == pytest.approx((30 * live + 60) / 3)

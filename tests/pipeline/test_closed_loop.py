@@ -30,7 +30,7 @@ from controlprune.control.ramp import Plan
 from controlprune.control.scale import Observer, ObserverState
 from controlprune.loop import run as wiring
 from controlprune.loop.history import Record
-from controlprune.policies.base import Decision, Setting
+from controlprune.policies.base import Decision, Problem
 from controlprune.policies.feedback.control import ControlLoop
 from controlprune.price.design import design, margins
 from controlprune.price.identify import Response
@@ -218,8 +218,8 @@ class Late:
     control: cp.Control
     updates: int
 
-    def begin(self, setting: Setting) -> ControlLoop:
-        loop = self.control.begin(setting)
+    def begin(self, problem: Problem) -> ControlLoop:
+        loop = self.control.begin(problem)
         decide, taken = loop.decide, []
 
         def late(step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
@@ -251,14 +251,14 @@ class Eager:
 
     control: cp.Control
 
-    def begin(self, setting: Setting) -> ControlLoop:
-        loop = self.control.begin(setting)
+    def begin(self, problem: Problem) -> ControlLoop:
+        loop = self.control.begin(problem)
         account, calls = loop.account, []
 
         def eager(resource: str, widths: tuple[int, ...], spent: float, limit: float) -> None:
             calls.append(0)
-            left = 1.0 - len(calls) * loop.update_every / setting.total_steps
-            astray = limit - spent - setting.fraction(resource, widths) * left
+            left = 1.0 - len(calls) * loop.update_every / problem.total_steps
+            astray = limit - spent - problem.fraction(resource, widths) * left
             account(resource, widths, spent, limit + (astray if loop.reference.level == 0.0 else 0.0))
 
         loop.account = eager  # type: ignore[method-assign]
@@ -346,8 +346,8 @@ class Deaf:
     control: cp.Control
     updates: int
 
-    def begin(self, setting: Setting) -> ControlLoop:
-        loop = self.control.begin(setting)
+    def begin(self, problem: Problem) -> ControlLoop:
+        loop = self.control.begin(problem)
         feel, heard = loop.feel, []
 
         def late(resource: str, widths: tuple[int, ...], measured: float, spread: float) -> None:

@@ -15,7 +15,7 @@ import controlprune as cp
 from controlprune.loop.recompile import COMPILED, Layouts
 from controlprune.policies.feedback import pace
 
-RESTLESS = replace(rig.QUICK, update_every=2, revise_every=1, dwell=0, hysteresis=0.0, calibrate_every=1)
+RESTLESS = replace(rig.QUICK, update_every=2, revise_every=1, dwell=0, hysteresis=0.0)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def run(backend: str | None, policy: cp.Control, steps: int) -> tuple[cp.Control
 
 
 def layouts(controller: cp.Controller) -> set[tuple[int, ...]]:
-    return {row.widths for row in controller.history} | {controller._setting.structure.sizes}
+    return {row.widths for row in controller.history} | {controller._run.problem.structure.sizes}
 
 
 @pytest.mark.usefixtures("instant")
@@ -71,7 +71,7 @@ def test_a_compilation_that_does_not_pay_is_put_off_to_the_end() -> None:
     """Masks change, shapes do not: a few milliseconds of work are left to be saved."""
     controller, compiled = run("aot_eager", RESTLESS, 60)
     *during, last = controller.history
-    assert {row.widths for row in during} == {controller._setting.structure.sizes}
+    assert {row.widths for row in during} == {controller._run.problem.structure.sizes}
     assert len({row.active for row in during}) > 2
     assert last.realised["flops"] <= 0.4
     assert compiled == 2
@@ -115,7 +115,7 @@ def test_new_widths_are_taken_in_few_strides_and_at_the_budget() -> None:
 
 
 def test_what_is_known_of_shapes_is_saved() -> None:
-    known = Layouts({(8, 8): 0.0, (4, 4): 1.0}, looked=True, compiled=True)
+    known = Layouts({(8, 8): 0.0, (4, 4): 1.0}, compiled=True)
     assert Layouts.of(known.state_dict()) == known
 
 
@@ -123,10 +123,10 @@ def test_what_is_known_of_shapes_is_saved() -> None:
 def test_a_resumed_run_keeps_to_the_bound() -> None:
     first = rig.rig(total_steps=40)
     first.train(0, 10)
-    first.controller._layouts.compiled = True
+    first.controller._run.layouts.compiled = True
     for n in (20, 12):
-        first.controller._layouts.take((n, n), 0.5)
+        first.controller._run.layouts.take((n, n), 0.5)
     second = rig.rig(total_steps=40)
     second.controller.load_state_dict(first.controller.state_dict())
-    assert second.controller._layouts == first.controller._layouts
+    assert second.controller._run.layouts == first.controller._run.layouts
     assert "at most 4 under torch.compile" in second.controller.report()

@@ -139,29 +139,6 @@ def test_a_gradient_scaler_changes_nothing_and_its_skips_are_skipped(fused: bool
     assert_small(runs[0])
 
 
-def test_a_scaled_loss_that_nobody_knows() -> None:
-    """The local metric of a replay is in units of the loss, whatever a GradScaler multiplies it by."""
-
-    def unknown(y: Tensor, t: Tensor) -> Tensor:
-        return (y - nn.functional.one_hot(t, 4)).abs().pow(1.5).mean()
-
-    tables = []
-    for scale in (1.0, 2.0**12):
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
-
-        def update(run: Run, x: Tensor, y: Tensor, scaler: torch.amp.GradScaler = scaler) -> Tensor:
-            loss = unknown(run.model(x), y)
-            scaler.scale(loss).backward()
-            scaler.step(run.optimizer)
-            scaler.update()
-            return loss
-
-        run = train(of("mlp", adam), update, steps=24)
-        tables.append(run.controller.state_dict()["loop"]["gates"]["table"].float())
-    assert len(tables[0]) >= 4
-    torch.testing.assert_close(*tables, rtol=0.02, atol=1e-5)
-
-
 class Master(Optimizer):
     """Adam on a float32 copy of each parameter, which is given in bfloat16: all its state is float32."""
 

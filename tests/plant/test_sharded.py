@@ -23,7 +23,7 @@ import controlprune as cp
 from controlprune.loop.replicas import digest
 
 STEPS = 48
-MASKS_ONLY = cp.Control(observe_every=1, update_every=4, calibrate_every=0, revise_every=3, shrink=False)
+MASKS_ONLY = cp.Control(observe_every=1, update_every=4, revise_every=3, shrink=False)
 WORLD = 4  # batches in all, whatever number of ranks they are spread over
 
 
@@ -100,7 +100,7 @@ class Run:
             self.model, self.optimizer, budget=cp.Budget(flops=0.5), example_inputs=traced, total_steps=STEPS,
             round_to=1, **({"policy": MASKS_ONLY} | options),
         )  # fmt: skip
-        self.controller._layouts.compiled = True  # neither side looks at a batch twice
+        self.controller._run.layouts.compiled = True  # neither side looks at a batch twice
         self.losses: list[float] = []
 
     def train(self, steps: int, parts: int = 1) -> None:
@@ -141,7 +141,7 @@ def same_as_one_process(shard: Shard, optimizer: str = "adamw", parts: int = 1, 
                 run.model.train()
     assert any(not mask.all() for mask in one.controller.masks.values())
     assert any(sum(row.on) for row in one.controller.history)
-    ours, theirs = one.controller._loop, many.controller._loop
+    ours, theirs = one.controller._run.policy, many.controller._run.policy
     torch.testing.assert_close(ours.units.moments.first, theirs.units.moments.first, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(ours.units.moments.second, theirs.units.moments.second, rtol=1e-5, atol=1e-8)
     states = everywhere(digest([dict(many.controller.masks), theirs.state_dict()]))
@@ -259,7 +259,7 @@ def test_ranks_that_do_not_agree_stop(rank: int) -> None:
     run = Run(by_layer)
     run.train(8)
     if rank == 1:
-        run.controller._loop.units.moments.first[3] += 1e-6
+        run.controller._run.policy.units.moments.first[3] += 1e-6
     with pytest.raises(RuntimeError, match=r"step 12: the ranks that hold the shards do not agree"):
         run.train(4)
 

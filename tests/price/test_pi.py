@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlprune.allocate.knapsack import Problem, solve
+from controlprune.allocate.knapsack import Tradeoff, solve
 from controlprune.cost.polynomial import Polynomial
 from controlprune.price.pi import PI, PIState
 from controlprune.structure.extents import Fixed, Units
@@ -136,7 +136,7 @@ class Net:
     def use(self, price: float) -> float:
         ones = tuple(1 for _ in self.values)
         solution = solve(
-            Problem(
+            Tradeoff(
                 values=self.values,
                 costs=(self.cost,),
                 limits=np.array([INF]),

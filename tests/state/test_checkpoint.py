@@ -184,7 +184,6 @@ CORRUPT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no gates": (lambda s: s["loop"].pop("gates"), "corrupt"),
     "moments cut short": (set_to("loop", "units", "moments", "first", value=torch.zeros(3)), "corrupt"),
     "window cut short": (set_to("loop", "units", "window", value=torch.zeros(2, 3)), "corrupt"),
-    "gates of another net": (set_to("loop", "gates", "net", value={}), "corrupt"),
     "rows of others": (set_to("history", "sizes", value=[1, 2]), "corrupt"),
     "masks are gone": (lambda s: s["plant"].pop("mask/0"), "corrupt"),
     "a mask too short": (set_to("plant", "mask/0", value=torch.ones(3).bool()), "corrupt"),
@@ -259,7 +258,6 @@ def test_no_mapping_is_no_state() -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_a_plain_model(duplicate: Callable[[nn.Module], nn.Module], layout: str) -> None:
     run = cut("residual", layout)
-    run.controller._recorder.arm()  # a batch is about to be recorded
     other = duplicate(run.model)
     assert torch.equal(evaluated(other, run.shape), evaluated(run.model, run.shape))
     before, row = bits(run.model, run.optimizer), len(run.controller.history)
@@ -272,7 +270,6 @@ def test_a_copy_is_a_plain_model(duplicate: Callable[[nn.Module], nn.Module], la
     other.load_state_dict(other.state_dict())
     assert "controlprune" not in other.state_dict()._metadata[""]  # type: ignore[attr-defined]
     assert_same_bits(before, bits(run.model, run.optimizer))
-    assert run.controller._recorder.batch is None
     assert len(run.controller.history) == row
     run.train(25, 40)
 
@@ -284,7 +281,7 @@ def test_a_copied_optimizer_is_its_own() -> None:
     other.step()
     other.load_state_dict(other.state_dict())
     assert_same_bits(before, bits(run.model, run.optimizer))
-    assert run.controller._intake._ran is False
+    assert run.controller._run.intake._ran is False
 
 
 @pytest.mark.parametrize("end", ["finalize", "detach"])

@@ -56,7 +56,7 @@ def life(rank: int, folder: str) -> None:
             if rank == 0:
                 with replacing(place) as part:
                     torch.save([part.state_dict() for part in parts], part)
-    assert run.controller._replicas.repairs == 0
+    assert run.controller._run.replicas.repairs == 0
     run.controller.finalize()
     cost = run.controller.cost()["flops"].fraction
     if rank == 0:

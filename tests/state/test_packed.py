@@ -82,7 +82,7 @@ def test_through_distributed_checkpoint_on_2_ranks(rank: int, tmp_path: Any) -> 
     for one in (run, again):
         one.train(STEPS - one.step)
     assert state_of(again) == state_of(run)
-    assert again.controller._replicas.repairs == 0
+    assert again.controller._run.replicas.repairs == 0
 
 
 def test_what_is_not_packed_is_refused() -> None:

@@ -3,7 +3,7 @@
 At an update, in this order:
 
     observer           moments of the gate gradients           -> mean, curvature H      (saliency/moments.py)
-    gate controller    statistics                              -> v_i, calibrated        (saliency/network.py)
+    gate controller    statistics                              -> v_i                    (saliency/network.py)
     trust              agreement of two disjoint windows       -> ρ ∈ [0, trust]
     planner            how far loss and values have settled    -> reference r(t)         (control/)
     solver             max Σ ṽ_i − λ·C(n),  C_k(n) ≤ r_k(t)    -> masks, shadow price λ  (allocate/)
@@ -22,8 +22,11 @@ units move at a time (saliency/trust.py).
 The cut is made in stages. After the first, the units just switched off stay in the tensors for one update,
 masked, where they are observed for free and may come back; then the net shrinks, provided the time saved
 over the steps that are left outweighs the copying, and stays compact through the later stages. At the
-budget the masks are revised every few updates, after a probe of what is absent: width moves to where it
-is worth most, and units return. From `freeze` on they hold.
+budget the masks are revised now and then: width moves to where it is worth most, and units return. A unit
+that is out of the tensors shows no gradient, so a revision begins with a look: the net is laid out masked
+for the next `LOOK` steps of the user's training, every gate is observed at no extra forward, then it is
+decided and shrunk again. How often is decided by what that costs (policies/feedback/pace.py); where peak
+memory is under budget, never. From `freeze` on the masks hold.
 
 `start` begins below dense: at the uniform allocation of that fraction ("budget": at the budget itself), a
 random choice of units, compact from the first step. The run then never pays for the dense model, and is
@@ -32,6 +35,7 @@ the directly trained small net that may still move its width to where it turns o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,14 +49,15 @@ from ...allocate.limits import Stand, allocate, uniform_under
 from ...control.horizon import Horizon
 from ...control.ramp import Plan
 from ...control.scale import Observer
+from ...cost.problem import Problem
 from ...price.lqr import LQR
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
-from ...saliency.network import Experiment, GateController, Statistics
+from ...saliency.network import GateController, Statistics, first_guess
 from ...saliency.trust import believed, by_norm
 from ...structure.groups import widths_of
-from ..base import Decision, Setting, Trial
-from .pace import calibration_spacing, observation_spacing, shrink_pays
+from ..base import Decision, Observation, Policy, Wants
+from .pace import LOOK, look_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
 from .reference import Reference
 from .units import UnitRecord
@@ -61,7 +66,7 @@ __all__ = ["Control", "ControlLoop"]
 
 
 @dataclass(frozen=True)
-class Control:
+class Control(Policy):
     """Settings of the feedback policy. Steps are optimizer steps; `None` lets the horizon decide."""
 
     plan: Plan | Horizon = field(
@@ -70,18 +75,15 @@ class Control:
     regulator: Regulator = "auto"  # of the price; see policies/feedback/pricing.py
     observer: Observer = field(default_factory=Observer)  # of what is known only by measuring it
     invert: bool = True
-    learned: bool = True  # False: the second-order score without the gate network
+    learned: bool = False  # the gate network over the second-order score
     trust: float = 0.5  # most weight that values get against the uniform allocation
     keep: Literal["norm", "value"] = "norm"  # which units of a group stay; see saliency/trust.py
     start: float | Literal["budget"] | None = None  # fraction of dense to begin at; None: dense
     stages: int = 6  # steps of the reference on its way down
     update_every: int | None = None
     observe_every: int | None = None
-    calibrate_every: int | None = None  # updates between calibrations; 0: never
-    trials: int = 3  # paired ablations per calibration
-    revise_every: int = (
-        7  # updates between revisions of the masks at the budget, each after a probe; 0: never
-    )
+    revise_every: int = 7  # updates between revisions of the masks at the budget, at least; 0: never
+    looks: float = 0.01  # share of the run's compute that looks at absent units may take; 0: none
     dwell: int = 3  # updates that a switched unit keeps its state
     hysteresis: float = 0.3  # by how much a newcomer must be worth more than a unit that is on
     freeze: float = 0.75  # fraction of the horizon after which masks hold
@@ -95,9 +97,9 @@ class Control:
         for name in ("trust", "freeze"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: give a number from 0 to 1")
-        for name in ("calibrate_every", "trials", "revise_every", "dwell", "hysteresis"):
+        for name in ("revise_every", "looks", "dwell", "hysteresis"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value < 0:
                 raise ValueError(f"{name}={value!r}: give a number >= 0")
         if not (self.start in (None, "budget") or _is_fraction(self.start)):
             raise ValueError(f'start={self.start!r}: give a fraction of dense in (0, 1], "budget" or None')
@@ -108,38 +110,42 @@ class Control:
         if not (self.regulator == "auto" or isinstance(self.regulator, PI | LQR)):
             raise TypeError(f'regulator={self.regulator!r}: give "auto", a PI(...) or an LQR(...)')
 
-    def begin(self, setting: Setting) -> ControlLoop:
-        if setting.totals and not self.shrink:
+    def begin(self, problem: Problem) -> ControlLoop:
+        if problem.totals and not self.shrink:
             raise ValueError(
-                f"policy: Control(shrink=False) keeps the net dense, so {', '.join(setting.totals)} cannot "
+                f"policy: Control(shrink=False) keeps the net dense, so {', '.join(problem.totals)} cannot "
                 "fall; leave shrink=True"
             )
-        return ControlLoop(self, setting)
+        return ControlLoop(self, problem)
+
+    def decide(self, observation: Observation) -> Decision | None:
+        raise TypeError("Control holds the settings; begin(problem) gives the policy at work")
 
 
-class ControlLoop:
+class ControlLoop(Policy):
     """One run of `Control`: holds the states of its blocks and wires them, in the order above."""
 
-    def __init__(self, control: Control, setting: Setting) -> None:
-        self.control, self.setting = control, setting
-        self.update_every = control.update_every or min(200, max(1, setting.total_steps // 60))
-        self.observe_every = control.observe_every or observation_spacing(setting)
-        self.calibrate_every = _calibrate_every(control, setting, self.update_every)
-        memory = min(500.0, max(20.0, 0.05 * setting.total_steps / self.observe_every))
-        self.units = UnitRecord(setting, memory, self.update_every)
+    def __init__(self, control: Control, problem: Problem) -> None:
+        self.control, self.problem = control, problem
+        self.update_every = control.update_every or min(200, max(1, problem.total_steps // 60))
+        self.observe_every = control.observe_every or observation_spacing(problem)
+        memory = min(500.0, max(20.0, 0.05 * problem.total_steps / self.observe_every))
+        self.units = UnitRecord(problem, memory, self.update_every)
         self.trend = LossTrend()
-        self.gates = GateController(seed=setting.seed)
-        self.reference = Reference(control.plan, control.stages, control.observer, setting)
-        self.prices = Prices(control.regulator, tuple(setting.costs))
-        self.random = torch.Generator().manual_seed(setting.seed)
+        self.gates = GateController(seed=problem.seed) if control.learned else None
+        self.reference = Reference(control.plan, control.stages, control.observer, problem)
+        self.prices = Prices(control.regulator, tuple(problem.costs))
+        self.random = torch.Generator().manual_seed(problem.seed)
         self.updates = 0
         self.retargeted = False  # did the user change the budget?
         self.watching = False  # units switched off at the last update are still in the tensors
+        self.revised_at = 0  # the update of the last revision
+        self.looks_until = 0  # the step that ends a look; 0: there is none
 
-    def first(self) -> Decision | None:
+    def _first(self) -> Decision | None:
         """Where to begin: nothing to do (dense), or the uniform allocation at `start`, units at random."""
-        start, budget = self.control.start, self.setting.budget
-        if start is None or not (budget or self.setting.totals):
+        start, budget = self.control.start, self.problem.budget
+        if start is None or not (budget or self.problem.totals):
             return None
         above = [] if start == "budget" else [(start - r) / (1.0 - r) for r in budget.values() if r < 1.0]
         self.reference.begin_at(max(0.0, *above, 0.0))
@@ -148,142 +154,135 @@ class ControlLoop:
         self.reference.solved(asked)
         masks = []
         for size, width in zip(
-            self.setting.structure.sizes, uniform_under(self.setting, limits), strict=True
+            self.problem.structure.sizes, uniform_under(self.problem, limits), strict=True
         ):
             mask = torch.zeros(size, dtype=torch.bool)
             mask[torch.randperm(size, generator=self.random)[:width]] = True
             masks.append(mask)
         return Decision(tuple(masks), self.control.shrink, asked, self._price(), "start")
 
-    # --- what the loop asks for -----------------------------------------------------------------
+    # --- what it needs, and what it sees --------------------------------------------------------
 
-    def wants_gradients(self, step: int) -> bool:
-        return step % self.observe_every == 0 and not self._frozen(step)
-
-    def wants_decision(self, step: int) -> bool:
-        return step % self.update_every == 0 or step == self._freeze_step
-
-    def wants_batch(self, step: int) -> bool:
-        """Is step's batch to be recorded, for a calibration or a probe?"""
-        return (
-            self.wants_decision(step) and not self._frozen(step) and (self._calibrates() or self._revises())
+    def wants(self, step: int) -> Wants:
+        looking = self.looks_until > 0
+        return Wants(
+            gradients=looking or (step % self.observe_every == 0 and not self._frozen(step)),
+            decision=step in (self._freeze_step, self.looks_until) or step % self.update_every == 0,
         )
-
-    def _calibrates(self) -> bool:
-        """Does the update that comes next calibrate?"""
-        return self.calibrate_every > 0 and (self.updates + 1) % self.calibrate_every == 0
-
-    def _revises(self) -> bool:
-        every = self.control.revise_every
-        return self.reference.level == 0.0 and every > 0 and (self.updates + 1) % every == 0
-
-    def wants_probe(self, step: int, compact: bool) -> bool:
-        return compact and self._revises() and not self._frozen(step)
 
     @property
     def _freeze_step(self) -> int:
-        return int(self.control.freeze * self.setting.total_steps)
+        return int(self.control.freeze * self.problem.total_steps)
 
     def _frozen(self, step: int) -> bool:
         return step > self._freeze_step
 
-    # --- observer -------------------------------------------------------------------------------
+    def sees(self, observation: Observation) -> None:
+        if math.isfinite(observation.loss):
+            self.trend = track_loss(self.trend, observation.loss, self.problem.total_steps)
+        if observation.gradients is not None:
+            self.units.observe(observation.gradients)
 
-    def see_batch(self, examples: int) -> None:
-        """How many examples a mini-batch of the training holds."""
-        self.units.batch = max(1, examples)
+    def statistics(self, seen: Observation) -> Statistics:
+        assert seen.norms is not None
+        return self.units.statistics(
+            self.problem, seen.step, torch.cat(seen.masks), seen.norms, self.trend.slope
+        )
 
-    def observe(self, gradients: Tensor, weights: Tensor) -> None:
-        self.units.observe(gradients, weights)
-
-    def watch(self, step: int, loss: float) -> None:
-        self.trend = track_loss(self.trend, loss, self.setting.total_steps)
-
-    def statistics(self, step: int, on: Tensor) -> Statistics:
-        return self.units.statistics(self.setting, step, on, self.trend.slope)
-
-    # --- gate controller ------------------------------------------------------------------------
-
-    def trials(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> list[Trial]:
-        """Random small sets of live units of random groups; every third of dormant ones, if masked."""
-        if not self._calibrates() or self._frozen(step):
-            return []
-        found: list[Trial] = []
-        for k in range(self.control.trials):
-            g = int(torch.randint(len(masks), (1,), generator=self.random))
-            off = compact or k % 3 != 2 or bool(masks[g].all())
-            pool = torch.nonzero(masks[g] if off else ~masks[g]).flatten()
-            count = min(len(pool) - 1 if off else len(pool), max(1, len(masks[g]) // 16), 16)
-            if count > 0:
-                chosen = torch.randperm(len(pool), generator=self.random)[:count]
-                found.append(Trial(g, pool[chosen], off))
-        return found
-
-    def learn(self, step: int, masks: tuple[Tensor, ...], outcomes: list[Experiment]) -> None:
-        s = self.statistics(step, torch.cat(masks))
-        self.gates.record(s, outcomes)
+    def _values(self, known: Statistics) -> Tensor:
+        if self.gates is None:
+            return first_guess(known)
         prices = self.prices.now().values()
-        self.gates.learn(s, sum(prices) / max(1, len(prices)), rounds=8)
+        self.gates.learn(known, sum(prices) / max(1, len(prices)))
+        return self.gates.values(known)
+
+    def _revises(self, seen: Observation) -> bool:
+        """Is a revision of the masks at the budget due, and worth what it costs?"""
+        every, passed = self.control.revise_every, self.updates - self.revised_at
+        if self.reference.level > 0.0 or every == 0 or passed < every or self._frozen(seen.step):
+            return False
+        if not seen.compact:
+            return True  # what is dormant is in the tensors, and observed all the time
+        resource = next(iter(self.problem.costs))
+        spacing = look_spacing(self.problem.fraction(resource, widths_of(seen.masks)), self.control.looks)
+        return "memory" not in self.problem.budget and passed * self.update_every >= spacing
 
     # --- the update -----------------------------------------------------------------------------
 
-    def decide(self, step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
-        revises = self._revises()
+    def decide(self, observation: Observation) -> Decision | None:
+        self._measured(observation)
+        if observation.final:
+            return self._last(observation)
+        if observation.step == 0:
+            return self._first()
+        step, masks, compact = observation.step, observation.masks, observation.compact
+        if step < self.looks_until:
+            return None
+        looked, self.looks_until = self.looks_until > 0, 0
         self.updates += 1
         self.units.grow_older()
-        progress = step / self.setting.total_steps
+        progress = step / self.problem.total_steps
         stability = self.units.stability(torch.cat(masks))
         self.reference.advance(progress, self.trend, stability)
         asked = self.reference.asked(progress)
         limits = self.reference.modelled(asked)
         moved = self.reference.moved(asked, widths_of(masks))
-        always = not self.control.invert or bool(self.setting.prices)
+        always = not self.control.invert or bool(self.problem.prices)
         if self._frozen(step) and not (moved and (self.reference.feeds_back or self.retargeted)):
-            return self._hold(step, masks, compact, asked)
+            return self._hold(step, masks, compact or looked, asked)
+        revises = looked or self._revises(observation)
+        if revises and compact and not moved:
+            return self._look(observation, asked)
         if not (revises or self.watching or moved or always):
             return self._hold(step, masks, compact, asked)
+        if revises:
+            self.revised_at = self.updates
         steered = not self.control.invert and step < self._freeze_step
-        exact = not (steered or self.setting.prices)
-        solution = self._solve(step, masks, stability, limits, exact=exact)
+        exact = not (steered or self.problem.prices)
+        solution = self._solve(observation, stability, limits, exact=exact)
         self._regulate(asked, solution, exact=exact)
         self.reference.solved(asked)
-        return self._answer(step, masks, compact, asked, solution)
+        return self._answer(step, masks, compact or looked, asked, solution)
 
-    def last(self, masks: tuple[Tensor, ...]) -> Decision:
+    def _look(self, seen: Observation, asked: Mapping[str, float]) -> Decision:
+        """The same masks, with what is dormant in the tensors for the next few steps."""
+        self.looks_until = seen.step + LOOK
+        self.units.forget(~torch.cat(seen.masks))
+        return Decision(seen.masks, False, asked, self._price(), "look")
+
+    def _last(self, seen: Observation) -> Decision:
         """For `finalize`: the present masks if they meet the budget, else the budget enforced."""
-        reference = dict(self.setting.budget)
-        if self.reference.met(widths_of(masks)):
-            return Decision(masks, True, reference, self._price())
-        step = self.setting.total_steps
+        reference = dict(self.problem.budget)
+        if self.reference.met(widths_of(seen.masks)):
+            return Decision(seen.masks, True, reference, self._price())
         self.units.let_go()  # no dwell, no slew: the budget comes first
         self.reference.at_budget = False
-        stability = self.units.stability(torch.cat(masks))
-        solution = self._solve(step, masks, stability, self.reference.modelled(reference), exact=True)
+        stability = self.units.stability(torch.cat(seen.masks))
+        solution = self._solve(seen, stability, self.reference.modelled(reference), exact=True)
         self._regulate(reference, solution, exact=True)
-        return self._answer(step, masks, False, reference, solution)
+        return self._answer(self.problem.total_steps, seen.masks, False, reference, solution)
 
     # --- what is measured -----------------------------------------------------------------------
 
-    def feel(self, resource: str, widths: tuple[int, ...], measured: float, spread: float) -> None:
-        """The use measured at these widths, as a fraction of dense, and its relative error."""
-        self.reference.feel(resource, self.setting.fraction(resource, widths), measured, spread)
-
-    def account(self, resource: str, widths: tuple[int, ...], spent: float, limit: float) -> None:
-        """What of a run total is spent so far and may be in all, as fractions of a dense run.
-
-        `widths`: in the tensors now.
-        """
-        self.reference.account(resource, spent, limit, self.setting.fraction(resource, widths))
+    def _measured(self, seen: Observation) -> None:
+        for found in seen.measurements:
+            if found.resource not in self.problem.costs:
+                continue  # of a budget that was changed since
+            modelled = self.problem.fraction(found.resource, found.widths)
+            if found.resource in self.problem.measured:
+                self.reference.feel(found.resource, modelled, found.use, found.spread)
+            if found.resource in self.problem.totals:
+                self.reference.account(found.resource, found.spent, found.limit, modelled)
 
     def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
         return self.reference.realised(widths)
 
-    def retarget(self, setting: Setting) -> None:
+    def retarget(self, problem: Problem) -> None:
         """Another budget from here on; what is switched or frozen may move again."""
-        self.setting = setting
+        self.problem = problem
         self.retargeted = True
-        self.prices.cover(tuple(setting.costs))
-        self.reference.retarget(setting)
+        self.prices.cover(tuple(problem.costs))
+        self.reference.retarget(problem)
 
     def describe(self) -> list[str]:
         return [*self.reference.describe(), *self.prices.describe()]
@@ -292,40 +291,33 @@ class ControlLoop:
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
         shrinks = self.control.shrink and (compact or self._pays(step, widths_of(masks)))
-        self.units.norms = None
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
-        return self.prices.now() | dict(self.setting.prices)
+        return self.prices.now() | dict(self.problem.prices)
 
     def _solve(
-        self,
-        step: int,
-        masks: tuple[Tensor, ...],
-        stability: float,
-        limits: Mapping[str, float],
-        *,
-        exact: bool,
+        self, seen: Observation, stability: float, limits: Mapping[str, float], *, exact: bool
     ) -> Solution:
         """The trade-off under the modelled limits (`exact`), or under the price alone."""
-        setting, control = self.setting, self.control
+        problem, control = self.problem, self.control
         trust = control.trust * stability
-        even = uniform_under(setting, limits)
-        known = self.statistics(step, torch.cat(masks))
-        v = self.gates.values(known)
+        even = uniform_under(problem, limits)
+        known = self.statistics(seen)
+        v = self._values(known)
         if control.keep == "norm" and exact:
             v = by_norm(v, known.weight, known.group, known.on)
-        values, scale = believed(setting, v, trust, even)
+        values, scale = believed(problem, v, trust, even)
         if not exact:
             self.prices.follow(scale)
         stand = Stand(
-            masks=masks,
+            masks=seen.masks,
             young=self.units.split(self.units.age < control.dwell),
             trust=trust,
             at_budget=self.reference.at_budget,
             hysteresis=control.hysteresis,
         )
-        return allocate(setting, values, even, stand, limits if exact else {}, {} if exact else self._price())
+        return allocate(problem, values, even, stand, limits if exact else {}, {} if exact else self._price())
 
     def _answer(
         self,
@@ -347,19 +339,19 @@ class ControlLoop:
     def _regulate(self, asked: Mapping[str, float], solution: Solution, *, exact: bool) -> None:
         """The price of each resource: tracks the shadow price where a limit binds, or acts on y − r."""
         use = self.reference.realised(solution.widths)
-        for k, name in enumerate(self.setting.costs):
+        for k, name in enumerate(self.problem.costs):
             if name not in asked:
                 continue
-            shadow = float(solution.prices[k]) * self.setting.dense[name]
+            shadow = float(solution.prices[k]) * self.problem.dense[name]
             if not exact:
                 self.prices.regulate(name, use[name], asked[name])
             elif shadow > 0.0:
                 self.prices.track(name, use[name], asked[name], shadow)
 
     def _pays(self, step: int, widths: Sequence[int]) -> bool:
-        setting = self.setting
-        fraction = setting.fraction(next(iter(setting.costs)), tuple(widths))
-        return shrink_pays(setting, fraction, setting.total_steps - step)
+        problem = self.problem
+        fraction = problem.fraction(next(iter(problem.costs)), tuple(widths))
+        return shrink_pays(problem, fraction, problem.total_steps - step)
 
     # --- saved and restored ---------------------------------------------------------------------
 
@@ -370,7 +362,7 @@ class ControlLoop:
             "trend": vars(self.trend) | {},
             "reference": self.reference.state_dict(),
             "prices": self.prices.state_dict(),
-            "gates": self.gates.state_dict(),
+            "gates": None if self.gates is None else self.gates.state_dict(),
             "random": self.random.get_state(),
         }
 
@@ -381,20 +373,13 @@ class ControlLoop:
         self.trend = LossTrend(**state["trend"])
         self.reference.load_state_dict(state["reference"])
         self.prices.load_state_dict(state["prices"])
-        self.gates.load_state_dict(state["gates"])
+        if self.gates is not None:
+            self.gates.load_state_dict(state["gates"])
         self.random.set_state(state["random"])
 
 
-_PLAIN = ("retargeted", "updates", "watching")
+_PLAIN = ("retargeted", "updates", "watching", "revised_at", "looks_until")
 
 
 def _is_fraction(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0.0 < value <= 1.0
-
-
-def _calibrate_every(control: Control, setting: Setting, update_every: int) -> int:
-    if not control.learned or control.trials == 0:
-        return 0
-    if control.calibrate_every is not None:
-        return control.calibrate_every
-    return calibration_spacing(setting, control.trials, update_every)

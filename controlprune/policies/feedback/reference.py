@@ -32,7 +32,7 @@ from ...control.ramp import Plan, PlanState, Trend
 from ...control.scale import Observer, ObserverState
 from ...control.state import pack, unpack
 from ...control.totals import hastened, mean_left, rest, steady
-from ..base import Setting
+from ...cost.problem import Problem
 
 __all__ = ["Reference"]
 
@@ -49,14 +49,14 @@ NOISE, UNDER = 0.03, 0.05  # of a limit: a measured use this far over or under i
 class Reference:
     """Holds the plan's state, what was spent of the run totals, and how far the models were wrong."""
 
-    def __init__(self, plan: Plan | Horizon, stages: int, observer: Observer, setting: Setting) -> None:
-        self.stages, self.observer, self.setting = stages, observer, setting
+    def __init__(self, plan: Plan | Horizon, stages: int, observer: Observer, problem: Problem) -> None:
+        self.stages, self.observer, self.problem = stages, observer, problem
         self.level = 1.0  # position of the staged reference
         self.at_budget = False  # was the budget reached before this update?
         self._given = plan
         self._factor = 1.0  # on the times of the plan
         self._plan: PlanState | HorizonState = plan.init()
-        self._scales = {name: observer.init() for name in sorted(setting.measured)}
+        self._scales = {name: observer.init() for name in sorted(problem.measured)}
         self._spent: dict[str, tuple[float, float, float]] = {}  # run total -> (spent, limit, use now)
         self._solved: dict[str, float] | None = None  # what was asked for at the last solution
         self._limits: dict[str, float] = {}  # and what that meant of the modelled use
@@ -67,7 +67,7 @@ class Reference:
 
     def feel(self, resource: str, modelled: float, measured: float, spread: float) -> None:
         """A measurement of the use at the widths for which the model says `modelled`."""
-        if resource in self.setting.totals:  # savings are compared; next to dense they tell nothing
+        if resource in self.problem.totals:  # savings are compared; next to dense they tell nothing
             saving = 1.0 - modelled
             if saving < LITTLE:
                 return
@@ -82,12 +82,12 @@ class Reference:
         if not known:
             self._factor = min(self._factor, hastened(limit, self._ahead_at, self._least(resource)))
 
-    def retarget(self, setting: Setting) -> None:
+    def retarget(self, problem: Problem) -> None:
         """The user changed the budget; the plan's position is kept, limits follow at the next update."""
-        self.setting = setting
-        self._spent = {k: v for k, v in self._spent.items() if k in setting.totals}
+        self.problem = problem
+        self._spent = {k: v for k, v in self._spent.items() if k in problem.totals}
         self._missed.clear()
-        self._scales = {k: self._scales.get(k, self.observer.init()) for k in sorted(setting.measured)}
+        self._scales = {k: self._scales.get(k, self.observer.init()) for k in sorted(problem.measured)}
 
     def begin_at(self, level: float) -> None:
         self.level = level
@@ -135,7 +135,7 @@ class Reference:
 
     def asked(self, progress: float) -> dict[str, float]:
         """r_k, of the real use."""
-        ends = dict(self.setting.budget)
+        ends = dict(self.problem.budget)
         for name, (spent, limit, use) in self._spent.items():
             if self.level > 0.0:
                 end = rest(mean_left(limit, spent, progress), self._ahead(progress))
@@ -146,42 +146,42 @@ class Reference:
 
     def modelled(self, asked: Mapping[str, float]) -> dict[str, float]:
         """The limits r_k, of the modelled use; none below what the smallest net needs."""
-        setting = self.setting
-        least = {name: setting.fraction(name, setting.floors) * (1 + 1e-9) for name in asked}
+        problem = self.problem
+        least = {name: problem.fraction(name, problem.floors) * (1 + 1e-9) for name in asked}
         return {name: max(self._model(name, r), least[name]) for name, r in asked.items()}
 
     def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
         """The real use at these widths, as far as it is known."""
-        setting = self.setting
-        return {name: self._real(name, setting.fraction(name, widths)) for name in setting.costs}
+        problem = self.problem
+        return {name: self._real(name, problem.fraction(name, widths)) for name in problem.costs}
 
     def scale(self, name: str) -> float:
         return self._scales[name].scale if name in self._scales else 1.0
 
     def _real(self, name: str, modelled: float) -> float:
         s = self.scale(name)
-        return 1.0 - s * (1.0 - modelled) if name in self.setting.totals else s * modelled
+        return 1.0 - s * (1.0 - modelled) if name in self.problem.totals else s * modelled
 
     def _model(self, name: str, real: float) -> float:
         s = self.scale(name)
-        return 1.0 - (1.0 - real) / s if name in self.setting.totals else real / s
+        return 1.0 - (1.0 - real) / s if name in self.problem.totals else real / s
 
     def met(self, widths: tuple[int, ...]) -> bool:
         """Are the budgets of the model itself met, measured ones within what a measurement can tell?"""
-        use, limits = self.realised(widths), self.setting.budget
+        use, limits = self.realised(widths), self.problem.budget
         return all(use[k] <= r * (1 + (NOISE if k in self._scales else 1e-9)) for k, r in limits.items())
 
     @property
     def feeds_back(self) -> bool:
         """Can the reference move after the plan has come to its end?"""
-        return bool(self._scales or self.setting.totals)
+        return bool(self._scales or self.problem.totals)
 
     def moved(self, asked: Mapping[str, float], widths: tuple[int, ...]) -> bool:
         """Is there a reason to solve again? `widths`: those of the active units."""
         if self._solved is None:
             return any(r < 1.0 for r in asked.values())
         old, use = self._solved, self.realised(widths)
-        left = dict(zip(self.setting.costs, tolerances(self.setting, asked, FAR), strict=True))
+        left = dict(zip(self.problem.costs, tolerances(self.problem, asked, FAR), strict=True))
         for name, r in asked.items():
             if name in self._spent and self.level == 0.0:
                 wanted = r - self._spent[name][2]
@@ -206,7 +206,7 @@ class Reference:
 
     def describe(self) -> list[str]:
         """How far the models of measured resources were off, for the report."""
-        totals = self.setting.totals
+        totals = self.problem.totals
         what = {
             name: "saved over modelled savings" if name in totals else "measured over modelled"
             for name in self._scales
@@ -217,7 +217,7 @@ class Reference:
         ]
 
     def _least(self, name: str) -> float:
-        return self._real(name, self.setting.fraction(name, self.setting.floors))
+        return self._real(name, self.problem.fraction(name, self.problem.floors))
 
     def _ahead(self, progress: float) -> float:
         """Mean level over the steps that are left, if all goes as planned."""

@@ -4,12 +4,14 @@
     statistics     at an update          -> mean, Fisher curvature, norms, marginal costs, ages  (network.py)
     stability      of the ranking of Σ g² between the running window and the last one          (trust.py)
 
-Vectors over all units, one group after the other. The window's rounding (bfloat16) is far under its sampling
-error, ages are in updates.
+Vectors over all units, one group after the other. Gradients are taken in units of their size when the first
+ones came (a power of two), so that a run whose loss is k times as large decides alike. The window's rounding
+(bfloat16) is far under its sampling error, ages are in updates.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cost.problem import Problem
 from ...saliency.moments import Moments, fisher, observe, start_moments
 from ...saliency.network import Statistics
 from ...saliency.trust import stability
 from ...structure.groups import widths_of
-from ..base import Setting
 
 __all__ = ["UnitRecord"]
 
@@ -31,31 +33,40 @@ OLD = 30_000  # updates: the age of a unit that was never switched, and where ag
 class UnitRecord:
     """`memory`: observations that the moments reach back; `update_every`: steps."""
 
-    def __init__(self, setting: Setting, memory: float, update_every: int) -> None:
+    def __init__(self, problem: Problem, memory: float, update_every: int) -> None:
         self.decay, self.update_every = 1.0 - 1.0 / memory, update_every
-        self.sizes = list(setting.structure.sizes)
+        self.sizes = list(problem.structure.sizes)
         units = sum(self.sizes)
-        self.batch = setting.batch  # examples of a mini-batch: the scale between variance and Fisher
+        self.batch = max(1, problem.batch)  # of a mini-batch: the scale between variance and Fisher
         self.moments = start_moments(units)
+        self.movement = torch.zeros(units)  # −Σ g over all observations
+        self.scale = 0.0  # what gradients are divided by; 0: none was seen yet
         self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
-        self.norms: Tensor | None = None  # known from their arrival to the next decision
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
 
-    def observe(self, gradients: Tensor, norms: Tensor) -> None:
+    def observe(self, gradients: Tensor) -> None:
         """What is not finite was not seen."""
+        self.scale = self.scale or _scale(gradients)
+        gradients = (gradients.double() / (self.scale or 1.0)).float()
         self.moments = observe(self.moments, gradients, self.decay)
-        self.window[0] += torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0) ** 2
-        self.norms = norms if bool(norms.isfinite().all()) else self.norms
+        seen = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
+        self.window[0] += seen**2
+        self.movement -= seen
 
-    def statistics(self, setting: Setting, step: int, on: Tensor, slope: float) -> Statistics:
-        """`slope`: of the loss; `on`: the units that are."""
+    def forget(self, units: Tensor) -> None:
+        """These units are about to be looked at: what was seen of them is old."""
+        self.moments = Moments(*(x.masked_fill(units, 0) for x in vars(self.moments).values()))
+
+    def statistics(self, problem: Problem, step: int, on: Tensor, norms: Tensor, slope: float) -> Statistics:
+        """`slope`: of the loss; `on`: the units that are; `norms`: of what reads them."""
         mean, curvature = fisher(self.moments, self.decay, self.batch)
-        horizon = max(1, setting.total_steps)
+        if problem.prices:  # they are in loss
+            mean, curvature = mean * self.scale, curvature * self.scale**2
+        horizon = max(1, problem.total_steps)
         age = (self.age.float() * self.update_every / horizon).clamp_max(1.0)
-        norms = torch.ones(len(on)) if self.norms is None else self.norms
         return Statistics(
-            mean, curvature, norms, self._marginal_costs(setting, on), age, on, self.group,
-            slope, min(1.0, step / horizon),
+            mean, curvature, norms, self.movement, self.moments.count.float(),
+            self._marginal_costs(problem, on), age, on, self.group, slope, min(1.0, step / horizon),
         )  # fmt: skip
 
     @property
@@ -63,13 +74,13 @@ class UnitRecord:
         """The number of each unit's group."""
         return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
 
-    def _marginal_costs(self, setting: Setting, on: Tensor) -> Tensor:
+    def _marginal_costs(self, problem: Problem, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
         widths = widths_of(self.split(on))
         one = np.ones(len(widths))
         total = np.zeros(len(widths))
-        for name, cost in setting.costs.items():
-            total += cost.marginals(widths, one) / setting.dense[name]
+        for name, cost in problem.costs.items():
+            total += cost.marginals(widths, one) / problem.dense[name]
         return torch.from_numpy(total).float()[self.group]
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:
@@ -91,20 +102,21 @@ class UnitRecord:
 
     def decided(self, was: Tensor, now: Tensor) -> None:
         """The masks of an update are known."""
-        self.norms = None
         self.age = self.age.masked_fill(was != now, 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "batch": self.batch,
             "moments": vars(self.moments) | {},
             "window": self.window.clone(),
             "age": self.age.clone(),
+            "movement": self.movement.clone(),
+            "scale": self.scale,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.batch = state["batch"]
         self.moments = Moments(**{k: _like(state["moments"][k], v) for k, v in vars(self.moments).items()})
+        self.scale = float(state["scale"])
+        self.movement = _like(state["movement"], self.movement)
         self.window, self.age = _like(state["window"], self.window), _like(state["age"], self.age)
 
 
@@ -114,3 +126,10 @@ def _like(value: Tensor, present: Tensor) -> Tensor:
             f"a vector of {tuple(value.shape)} {value.dtype} where {tuple(present.shape)} belongs"
         )
     return value
+
+
+def _scale(gradients: Tensor) -> float:
+    """The power of two next to the root mean square of what is finite; 0 where that is nothing."""
+    seen = gradients[gradients.isfinite()].double()
+    size = float(seen.square().mean().sqrt()) if len(seen) else 0.0
+    return 2.0 ** round(math.log2(size)) if size > 0.0 else 0.0

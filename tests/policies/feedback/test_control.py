@@ -13,10 +13,11 @@ from torch import Tensor
 
 from controlprune.budget import Budget, Price
 from controlprune.control.ramp import Plan
-from controlprune.cost.problem import make_setting
+from controlprune.cost.problem import Problem, pose
 from controlprune.cost.survey import exact_costs
-from controlprune.policies.base import Decision, Setting
+from controlprune.policies.base import Decision, Observation
 from controlprune.policies.feedback.control import Control, ControlLoop
+from controlprune.policies.feedback.pace import LOOK
 from controlprune.saliency.trust import by_norm
 from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
@@ -31,8 +32,8 @@ def structure() -> Structure:
     return analyse(mlp(), (torch.zeros(2, 8),))
 
 
-def setting(budget: Budget | Price | None = None, total_steps: int = 100, seed: int = 0) -> Setting:
-    return make_setting(
+def problem(budget: Budget | Price | None = None, total_steps: int = 100, seed: int = 0) -> Problem:
+    return pose(
         structure(),
         budget or Budget(flops=0.5),
         exact_costs(("flops", "params", "train_flops"), structure()),
@@ -43,13 +44,26 @@ def setting(budget: Budget | Price | None = None, total_steps: int = 100, seed: 
     )
 
 
-def seen(loop: ControlLoop, scale: Tensor, steps: int = 40, norms: Tensor | None = None) -> None:
+def seen(loop: ControlLoop, scale: Tensor, steps: int = 40) -> None:
     """Gate gradients of the given scales, mean zero."""
-    norms = torch.ones(sum(SIZES)) if norms is None else norms
     g = torch.Generator().manual_seed(0)
     for step in range(steps):
-        loop.observe(scale * torch.randn(sum(SIZES), generator=g), norms)
-        loop.watch(step, 1.0)
+        loop.sees(Observation(step, 1.0, scale * torch.randn(sum(SIZES), generator=g)))
+
+
+def answer(
+    loop: ControlLoop,
+    step: int,
+    masks: tuple[Tensor, ...],
+    *,
+    norms: Tensor | None = None,
+    compact: bool = False,
+    final: bool = False,
+) -> Decision:
+    norms = torch.ones(sum(SIZES)) if norms is None else norms
+    decision = loop.decide(Observation(step, 1.0, None, norms, masks, compact, final=final))
+    assert decision is not None
+    return decision
 
 
 def ones() -> tuple[Tensor, ...]:
@@ -64,11 +78,11 @@ def useful(*units: int) -> Tensor:
 
 
 def decided(control: Control, scale: Tensor, budget: Budget | Price | None = None) -> Decision:
-    loop = control.begin(setting(budget))
+    loop = control.begin(problem(budget))
     seen(loop, scale)
-    loop.decide(1, ones(), False)
+    answer(loop, 1, ones())
     seen(loop, scale)
-    return loop.decide(2, ones(), False)
+    return answer(loop, 2, ones())
 
 
 def test_the_units_of_least_value_go() -> None:
@@ -78,7 +92,7 @@ def test_the_units_of_least_value_go() -> None:
     assert kept[keepers].all()
     assert not kept.all()
     widths = tuple(int(m.sum()) for m in decision.masks)
-    assert 0.48 <= setting().fraction("flops", widths) <= 0.5
+    assert 0.48 <= problem().fraction("flops", widths) <= 0.5
     assert decision.reference == {"flops": 0.5}
     assert decision.price["flops"] > 0
 
@@ -88,10 +102,10 @@ def test_the_norm_of_its_readers_says_whether_a_unit_stays(keep: Literal["norm",
     """The values say how many, and which only where asked to."""
     control = replace(QUICK, plan=SECOND, learned=False, dwell=0, keep=keep)
     strong, worthy = torch.arange(sum(SIZES)) % 2 == 0, torch.arange(sum(SIZES)) % 2 == 1
-    loop, kept = control.begin(setting()), torch.cat(ones())
+    loop, kept = control.begin(problem()), torch.cat(ones())
     for step in (1, 2):
-        seen(loop, useful(*torch.nonzero(worthy).flatten().tolist()), norms=1.0 + strong)
-        kept = torch.cat(loop.decide(step, ones(), False).masks)
+        seen(loop, useful(*torch.nonzero(worthy).flatten().tolist()))
+        kept = torch.cat(answer(loop, step, ones(), norms=1.0 + strong).masks)
     wanted = strong if keep == "norm" else worthy
     for mask, best in zip(kept.split(list(SIZES)), wanted.split(list(SIZES)), strict=True):
         assert (mask <= best).all() or (best <= mask).all()
@@ -122,11 +136,11 @@ def test_without_trust_the_widths_are_the_uniform_ones() -> None:
 def test_a_stage_at_a_time() -> None:
     plan = Plan(earliest=0.0, latest=0.0, deadline=1.0, duration=0.8)
     control = replace(QUICK, plan=plan, stages=4, update_every=1)
-    loop = control.begin(setting())
+    loop = control.begin(problem())
     masks, references = ones(), []
     for step in range(1, 101):
-        loop.watch(step, 1.0)
-        decision = loop.decide(step, masks, False)
+        loop.sees(Observation(step, 1.0))
+        decision = answer(loop, step, masks)
         masks = decision.masks
         references.append(decision.reference["flops"])
     assert set(references) == {1.0, 0.875, 0.75, 0.625, 0.5}
@@ -135,56 +149,55 @@ def test_a_stage_at_a_time() -> None:
 
 def test_nothing_moves_once_frozen() -> None:
     control = replace(QUICK, plan=AT_ONCE, freeze=0.5, revise_every=1, dwell=0)
-    loop = control.begin(setting(total_steps=40))
+    loop = control.begin(problem(total_steps=40))
     seen(loop, useful(*range(20)))
-    masks = loop.decide(10, ones(), False).masks
-    assert loop.wants_decision(20)  # the freeze itself
-    assert not loop.wants_gradients(21)
-    assert not loop.wants_batch(24)
+    masks = answer(loop, 10, ones()).masks
+    assert loop.wants(20).decision  # the freeze itself
+    assert not loop.wants(21).gradients
     seen(loop, useful(*range(36, 56)))
-    held = loop.decide(24, masks, False).masks
+    held = answer(loop, 24, masks).masks
     assert all(torch.equal(a, b) for a, b in zip(masks, held, strict=True))
 
 
 def test_dormant_units_that_promise_more_come_back() -> None:
     control = replace(QUICK, plan=AT_ONCE, revise_every=1, dwell=0, learned=False, trust=1.0)
-    loop = control.begin(setting(total_steps=1000))
+    loop = control.begin(problem(total_steps=1000))
     seen(loop, useful(*range(12), *range(32, 44)))
-    loop.decide(1, ones(), False)
-    masks = loop.decide(2, ones(), False).masks
+    answer(loop, 1, ones())
+    masks = answer(loop, 2, ones()).masks
     dormant = torch.nonzero(~masks[0]).flatten()[:2]
     gradient = torch.zeros(sum(SIZES))
     gradient[dormant] = -0.5  # switching on would lower the loss
     for _ in range(200):
-        loop.observe(gradient, torch.ones(sum(SIZES)))
-    loop.decide(3, masks, False)
-    assert loop.decide(4, masks, False).masks[0][dormant].all()
+        loop.sees(Observation(3, 1.0, gradient))
+    answer(loop, 3, masks)
+    assert answer(loop, 4, masks).masks[0][dormant].all()
 
 
 def test_a_unit_that_moved_dwells() -> None:
     control = replace(QUICK, plan=AT_ONCE, revise_every=1, dwell=3, update_every=4, learned=False)
-    loop = control.begin(setting(total_steps=1000))
+    loop = control.begin(problem(total_steps=1000))
     seen(loop, useful(*range(12), *range(32, 44)))
-    masks = loop.decide(4, ones(), False).masks
+    masks = answer(loop, 4, ones()).masks
     off = torch.nonzero(~torch.cat(masks)).flatten()
     gradient = torch.zeros(sum(SIZES))
     gradient[off] = -0.5
     for _ in range(200):
-        loop.observe(gradient, torch.ones(sum(SIZES)))
+        loop.sees(Observation(3, 1.0, gradient))
     for step in (8, 12):
-        again = loop.decide(step, masks, False).masks
+        again = answer(loop, step, masks).masks
         assert not torch.cat(again)[off].any()
-    assert torch.cat(loop.decide(16, masks, False).masks)[off].any()
+    assert torch.cat(answer(loop, 16, masks).masks)[off].any()
 
 
 def test_finalize_enforces_the_budget_and_keeps_masks_that_meet_it() -> None:
-    loop = QUICK.begin(setting())
+    loop = QUICK.begin(problem())
     seen(loop, useful(*range(20)))
-    decision = loop.last(ones())
+    decision = answer(loop, 100, ones(), final=True)
     widths = tuple(int(m.sum()) for m in decision.masks)
-    assert 0.48 <= setting().fraction("flops", widths) <= 0.5
+    assert 0.48 <= problem().fraction("flops", widths) <= 0.5
     small = tuple(torch.arange(n) < 4 for n in SIZES)
-    kept = loop.last(small).masks
+    kept = answer(loop, 100, small, final=True).masks
     assert all(torch.equal(a, b) for a, b in zip(small, kept, strict=True))
 
 
@@ -192,7 +205,7 @@ def test_under_a_price_units_worth_less_than_they_cost_go() -> None:
     control = replace(QUICK, learned=False, dwell=0)
     cheap, dear = (decided(control, useful(*range(56)) * 0.1, Price(flops=p)) for p in (1e-9, 1e3))
     assert torch.cat(cheap.masks).all()
-    assert [int(m.sum()) for m in dear.masks] == list(setting().floors)
+    assert [int(m.sum()) for m in dear.masks] == list(problem().floors)
     assert dear.reference == {}
     assert dear.price == {"flops": 1e3}
 
@@ -201,40 +214,71 @@ def test_a_price_is_answered_by_every_unit_with_its_own_value() -> None:
     """The norm says which units a limit leaves; under a price nothing says how many but the values."""
     keepers = [*range(12), *range(32, 44)]
     strong = 1.0 + torch.ones(sum(SIZES)).index_fill(0, torch.tensor(keepers), 0.0)
-    loop = replace(QUICK, learned=False, dwell=0).begin(setting(Price(flops=1.0)))
-    seen(loop, useful(*keepers), norms=strong)
-    kept = torch.cat(loop.decide(1, ones(), False).masks)
+    loop = replace(QUICK, learned=False, dwell=0).begin(problem(Price(flops=1.0)))
+    seen(loop, useful(*keepers))
+    kept = torch.cat(answer(loop, 1, ones(), norms=strong).masks)
     assert not kept.all()
     assert kept[keepers].all()
 
 
-def test_trials_are_small_sets_of_live_units() -> None:
-    control = replace(QUICK, calibrate_every=1, trials=6)
-    loop = control.begin(setting())
-    masks = tuple(torch.arange(n) % 2 == 0 for n in SIZES)
-    for compact in (False, True):
-        trials = loop.trials(1, masks, compact)
-        assert len(trials) == 6
-        for trial in trials:
-            assert bool((masks[trial.group][trial.units] == trial.off).all())
-            assert 1 <= len(trial.units) <= 16
-            assert trial.off or not compact
-    assert {t.off for t in loop.trials(1, masks, False)} == {True, False}
-    assert replace(control, trials=0).begin(setting()).trials(1, masks, False) == []
+def test_a_look_lays_dormant_units_out_for_a_few_steps() -> None:
+    """And forgets what it knew of them; then the net is small again, with what proved worth it."""
+    control = replace(QUICK, plan=AT_ONCE, revise_every=2, update_every=10, dwell=0, trust=1.0, keep="value")
+    loop = control.begin(problem(total_steps=10_000))
+    seen(loop, useful(*range(12), *range(32, 44)))
+    masks = answer(loop, 10, ones()).masks
+    step, decision = 20, answer(loop, 20, masks, compact=True)
+    while decision.event != "look":
+        assert decision.compact
+        step += 10
+        assert step < 4000  # it comes, where a run is long enough to pay for it
+        decision = answer(loop, step, masks, compact=True)
+    assert not decision.compact
+    assert all(torch.equal(a, b) for a, b in zip(decision.masks, masks, strict=True))
+    on = torch.cat(masks)
+    assert (loop.units.moments.count[~on] == 0).all()
+    assert (loop.units.moments.count[on] > 0).all()
+    returning = torch.nonzero(~masks[0]).flatten()[:2]
+    gradient = torch.zeros(sum(SIZES))
+    gradient[returning] = -100.0
+    for ahead in range(1, LOOK + 1):
+        assert loop.wants(step + ahead).gradients
+        loop.sees(Observation(step + ahead, 1.0, gradient))
+    assert loop.wants(step + LOOK).decision
+    back = answer(loop, step + LOOK, masks)
+    assert back.compact
+    assert back.masks[0][returning].all()
+
+
+def test_no_look_where_peak_memory_is_the_budget() -> None:
+    loop = replace(QUICK, plan=AT_ONCE, revise_every=1, update_every=10).begin(problem(total_steps=10_000))
+    seen(loop, useful(*range(20)))
+    answer(loop, 10, ones())
+    masks = answer(loop, 20, ones()).masks
+    assert loop.reference.level == 0.0
+    loop.updates += 1
+    loop.problem = replace(loop.problem, budget={"memory": 0.5})
+    assert not loop._revises(Observation(5000, 1.0, masks=masks, compact=True))
+    assert loop._revises(Observation(5000, 1.0, masks=masks, compact=False))  # all are in the tensors anyway
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**70])
+def test_a_loss_of_another_scale_decides_alike(factor: float) -> None:
+    plain, scaled = (
+        decided(replace(QUICK, plan=SECOND, keep="value"), useful(*range(20)) * f) for f in (1.0, factor)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain.masks, scaled.masks, strict=True))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_saved_loop_decides_the_same(seed: int) -> None:
     control = replace(QUICK, plan=AT_ONCE, revise_every=1, dwell=0)
-    loop, other = control.begin(setting(seed=seed)), control.begin(setting(seed=5))
+    loop, other = control.begin(problem(seed=seed)), control.begin(problem(seed=5))
     seen(loop, useful(*range(20)))
-    masks = loop.decide(1, ones(), False).masks
+    masks = answer(loop, 1, ones()).masks
     other.load_state_dict(loop.state_dict())
     for one in (loop, other):
         seen(one, useful(*range(10, 50)))
-    a, b = (one.decide(2, masks, False) for one in (loop, other))
+    a, b = (answer(one, 2, masks) for one in (loop, other))
     assert all(torch.equal(x, y) for x, y in zip(a.masks, b.masks, strict=True))
     assert a.price == b.price
-    assert [t.units.tolist() for t in loop.trials(3, masks, False)] == [
-        t.units.tolist() for t in other.trials(3, masks, False)
-    ]
