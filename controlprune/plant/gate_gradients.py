@@ -69,12 +69,12 @@ class Watch:
         if self.parameter.grad is None:
             self.record = {d: torch.zeros_like(record) for d, record in self.record.items()}
             return
-        left = self.left
+        now, left = _norm(self.parameter.grad), self.left
+        known = now > 0
         if left is not None and self.parameter.grad is left and left._version == self.version:
-            return  # nobody has written on it
-        now = _norm(self.parameter.grad)
+            known = known | (self.norm == 0)  # nothing but dormant units had a gradient, and it is not zeroed
         ratio = torch.where(self.norm > 0, now / self.norm, 1.0)
-        self.record = {d: torch.where(now > 0, record * ratio, 0.0) for d, record in self.record.items()}
+        self.record = {d: torch.where(known, record * ratio, 0.0) for d, record in self.record.items()}
         self.norm = now
 
     def arrive(self, parameter: Tensor) -> None:

@@ -28,9 +28,11 @@ from controlprune.app.compare import Side, train
 from controlprune.app.tasks import load
 from controlprune.control.ramp import Plan
 from controlprune.control.scale import Observer, ObserverState
+from controlprune.cost.measurement import Measurement
+from controlprune.cost.problem import Problem
 from controlprune.loop import run as wiring
 from controlprune.loop.history import Record
-from controlprune.policies.base import Decision, Problem
+from controlprune.policies.base import Decision, Observation
 from controlprune.policies.feedback.control import ControlLoop
 from controlprune.price.design import design, margins
 from controlprune.price.identify import Response
@@ -222,13 +224,18 @@ class Late:
         loop = self.control.begin(problem)
         decide, taken = loop.decide, []
 
-        def late(step: int, masks: tuple[Tensor, ...], compact: bool) -> Decision:
-            meant = taken[-1] if taken else Decision(masks, compact, {}, {})
-            taken.append(decide(step, meant.masks, meant.compact))
+        def late(seen: Observation) -> Decision | None:
+            if seen.step == 0 or seen.final:
+                return decide(seen)
+            meant = taken[-1] if taken else Decision(seen.masks, seen.compact)
+            decision = decide(replace(seen, masks=meant.masks, compact=meant.compact))
+            if decision is None:
+                return None
+            taken.append(decision)
             if len(taken) <= self.updates:
-                return replace(taken[-1], masks=masks, compact=compact)
+                return replace(decision, masks=seen.masks, compact=seen.compact)
             old = taken[-1 - self.updates]
-            return replace(taken[-1], masks=old.masks, compact=old.compact)
+            return replace(decision, masks=old.masks, compact=old.compact)
 
         loop.decide = late  # type: ignore[method-assign]
         return loop
@@ -253,15 +260,17 @@ class Eager:
 
     def begin(self, problem: Problem) -> ControlLoop:
         loop = self.control.begin(problem)
-        account, calls = loop.account, []
+        decide = loop.decide
 
-        def eager(resource: str, widths: tuple[int, ...], spent: float, limit: float) -> None:
-            calls.append(0)
-            left = 1.0 - len(calls) * loop.update_every / problem.total_steps
-            astray = limit - spent - problem.fraction(resource, widths) * left
-            account(resource, widths, spent, limit + (astray if loop.reference.level == 0.0 else 0.0))
+        def astray(found: Measurement) -> Measurement:
+            left = 1.0 - (loop.updates + 1) * loop.update_every / problem.total_steps
+            ahead = found.spent + problem.fraction(found.resource, found.widths) * left
+            return replace(found, limit=2 * found.limit - ahead) if loop.reference.level == 0.0 else found
 
-        loop.account = eager  # type: ignore[method-assign]
+        def eager(seen: Observation) -> Decision | None:
+            return decide(replace(seen, measurements=tuple(map(astray, seen.measurements))))
+
+        loop.decide = eager  # type: ignore[method-assign]
         return loop
 
 
@@ -348,14 +357,15 @@ class Deaf:
 
     def begin(self, problem: Problem) -> ControlLoop:
         loop = self.control.begin(problem)
-        feel, heard = loop.feel, []
+        decide, heard = loop.decide, []
 
-        def late(resource: str, widths: tuple[int, ...], measured: float, spread: float) -> None:
-            heard.append((loop.updates, resource, widths, measured, spread))
-            while heard and heard[0][0] <= loop.updates - self.updates:
-                feel(*heard.pop(0)[1:])
+        def late(seen: Observation) -> Decision | None:
+            heard.extend((loop.updates, found) for found in seen.measurements)
+            arrived = [found for at, found in heard if at <= loop.updates - self.updates]
+            heard[:] = [(at, found) for at, found in heard if at > loop.updates - self.updates]
+            return decide(replace(seen, measurements=tuple(arrived)))
 
-        loop.feel = late  # type: ignore[method-assign]
+        loop.decide = late  # type: ignore[method-assign]
         return loop
 
 

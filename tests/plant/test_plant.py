@@ -144,6 +144,25 @@ def test_absent_units_have_no_gate_gradient() -> None:
         torch.testing.assert_close(got[mask], want[mask])
 
 
+def test_dormant_units_are_seen_where_the_live_ones_have_no_gradient() -> None:
+    """Only what is dormant hears the input; a gradient that the user zeroes is seen as zero."""
+    model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+    x = torch.tensor([[0.0, 1.0]])
+    plant = Plant(model, torch.optim.SGD(model.parameters(), lr=0.1), analyse(model, (torch.ones(2, 2),)))
+    column = model[2].weight.detach().clone()
+    plant.apply((torch.tensor([True, True, False, False]),), compact=False)
+    for kept in (True, False):
+        model(x).sum().backward()
+        if not kept:
+            model.zero_grad(set_to_none=False)
+        (found,) = plant.gate_gradients()
+        expected = torch.tensor([0.0, 0.0, 1.0, 2.0]) * column.sum(0) * kept
+        torch.testing.assert_close(found, expected)
+        model.zero_grad(set_to_none=False)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_weight_norms_are_of_the_true_weights(compact: bool) -> None:
     model, structure, _, _ = oracle.make("concatenated", 4)

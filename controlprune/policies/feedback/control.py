@@ -130,7 +130,7 @@ class ControlLoop(Policy):
         self.update_every = control.update_every or min(200, max(1, problem.total_steps // 60))
         self.observe_every = control.observe_every or observation_spacing(problem)
         memory = min(500.0, max(20.0, 0.05 * problem.total_steps / self.observe_every))
-        self.units = UnitRecord(problem, memory, self.update_every)
+        self.units = UnitRecord(problem, memory, self.update_every, moves=control.learned)
         self.trend = LossTrend()
         self.gates = GateController(seed=problem.seed) if control.learned else None
         self.reference = Reference(control.plan, control.stages, control.observer, problem)

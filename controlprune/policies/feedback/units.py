@@ -31,15 +31,15 @@ OLD = 30_000  # updates: the age of a unit that was never switched, and where ag
 
 
 class UnitRecord:
-    """`memory`: observations that the moments reach back; `update_every`: steps."""
+    """`memory`: observations that the moments reach back; `update_every`: steps; `moves`: sum movement up."""
 
-    def __init__(self, problem: Problem, memory: float, update_every: int) -> None:
+    def __init__(self, problem: Problem, memory: float, update_every: int, *, moves: bool = False) -> None:
         self.decay, self.update_every = 1.0 - 1.0 / memory, update_every
         self.sizes = list(problem.structure.sizes)
         units = sum(self.sizes)
         self.batch = max(1, problem.batch)  # of a mini-batch: the scale between variance and Fisher
         self.moments = start_moments(units)
-        self.movement = torch.zeros(units)  # −Σ g over all observations
+        self.movement = torch.zeros(units if moves else 0)  # −Σ g over all observations
         self.scale = 0.0  # what gradients are divided by; 0: none was seen yet
         self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
@@ -51,7 +51,8 @@ class UnitRecord:
         self.moments = observe(self.moments, gradients, self.decay)
         seen = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
         self.window[0] += seen**2
-        self.movement -= seen
+        if len(self.movement):
+            self.movement -= seen
 
     def forget(self, units: Tensor) -> None:
         """These units are about to be looked at: what was seen of them is old."""
