@@ -27,7 +27,7 @@ def checksum(value: Any) -> str:
 
 def _feed(state: Any, value: Any) -> None:
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
         _put(state, f"tensor {value.dtype} {tuple(value.shape)}")
         state.update(flat.view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
