@@ -11,12 +11,14 @@ from torch import nn
 
 from .extents import size
 from .groups import SizeAttribute, Structure
+from .heads import OwnHeads
+from .standins import no_fused_layers, restore, stand_in
 from .tape.axes import Axis, pin
-from .tape.tape import Tape
+from .tape.tape import MEET, Tape
 
-__all__ = ["bind_module_attributes", "get_size", "set_size", "set_sizes"]
+__all__ = ["bind_module_attributes", "get_size", "let_heads_leave", "set_size", "set_sizes"]
 
-ATTENTION = "nn.MultiheadAttention takes the size of its heads from embed_dim / num_heads: no head can leave"
+ATTENTION = "nn.MultiheadAttention with add_bias_kv or add_zero_attn has keys of its own: no head can leave"
 
 
 def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | None) -> None:
@@ -24,6 +26,7 @@ def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | No
     modules = dict(model.named_modules())
     for entry in structure.attributes:
         set_size(modules, entry.module, entry.attribute, entry.index, size(entry.extent, widths))
+    let_heads_leave(model)
 
 
 def set_size(
@@ -40,6 +43,16 @@ def set_size(
         entries[index] = value
         written = type(getattr(owner, last))(entries)
     object.__setattr__(owner, last, written)
+
+
+def let_heads_leave(model: nn.Module) -> None:
+    """Attention that is not as wide as its heads together goes by structure/heads.py."""
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    for module in attentions:
+        as_wide = module.num_heads * module.head_dim == module.embed_dim
+        (restore if as_wide else stand_in)(module, OwnHeads)
+    if attentions:
+        no_fused_layers(model)
 
 
 def get_size(modules: Mapping[str, nn.Module], entry: SizeAttribute) -> object:
@@ -59,6 +72,7 @@ TABLE: tuple[tuple[tuple[type[nn.Module], ...], str, int | None, str, int], ...]
     ((nn.modules.batchnorm._NormBase,), "num_features", None, "running_mean", 0),
     ((nn.GroupNorm,), "num_channels", None, "weight", 0),
     ((nn.LayerNorm, nn.RMSNorm), "normalized_shape", -1, "weight", -1),
+    ((nn.Transformer,), "d_model", None, "encoder.layers.0.linear1.weight", 1),
     ((nn.PReLU,), "num_parameters", None, "weight", 0),
     ((nn.RNNBase,), "input_size", None, "weight_ih_l0", 1),
     ((nn.RNNCellBase,), "input_size", None, "weight_ih", 1),
@@ -86,7 +100,7 @@ def bind_module_attributes(tape: Tape) -> None:
         if isinstance(module, nn.RNNBase):
             _bind_recurrent(tape, path, module)
         if isinstance(module, nn.MultiheadAttention):
-            _pin_attention(tape, path, module)
+            _bind_attention(tape, path, module)
 
 
 def _bind_plain_norm(tape: Tape, path: str, module: nn.Module, channels: Axis) -> None:
@@ -131,9 +145,20 @@ def _bind_recurrent(tape: Tape, path: str, module: nn.RNNBase) -> None:
             tape.bind(path, "hidden_size", None, axis)
 
 
-def _pin_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> None:
-    for name, parameter in module.named_parameters():
-        if name.startswith(("in_proj", "q_proj", "k_proj", "v_proj", "bias_")):
-            axis = _axis(tape, path, name, parameter.dim() - 1 if name.startswith("bias_") else 0)
-            if axis is not None:
-                pin(axis, ATTENTION)
+def _bind_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> None:
+    """Whole heads leave, and units of the width around them; the size of a head stays."""
+    if module.bias_k is not None or module.add_zero_attn:
+        for name, parameter in module.named_parameters():
+            for dim in range(parameter.dim()):
+                if (axis := _axis(tape, path, name, dim)) is not None:
+                    pin(axis, ATTENTION)
+        return
+    inner = _axis(tape, path, "out_proj.weight", 1)
+    if inner is not None:
+        heads, member = tape.regroup([inner], [module.num_heads, module.head_dim])
+        pin(member, MEET)
+        tape.bind(path, "num_heads", None, heads)
+    for attribute, letter in (("embed_dim", "q"), ("kdim", "k"), ("vdim", "v")):
+        weight = "in_proj_weight" if module._qkv_same_embed_dim else f"{letter}_proj_weight"
+        if (axis := _axis(tape, path, weight, 1)) is not None:
+            tape.bind(path, attribute, None, axis)

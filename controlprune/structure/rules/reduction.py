@@ -25,13 +25,15 @@ def _dims_of(call: Call, ndim: int) -> list[int]:
 
 
 def reduced(tape: Tape, call: Call, reason: str) -> Dims:
-    """Pin the reduced dimensions and take them out (or leave 1)."""
+    """Pin the reduced dimensions (once the result is used) and take them out (or leave 1)."""
     old = call.dims("self")
     gone = _dims_of(call, len(old))
     keepdim = bool(call.arguments.get("keepdim", False))
     for d in gone:
-        if old:
+        if old and tape.where in tape.norms:
             tape.statistics(old[d].axis, reason)
+        elif old:
+            tape.pin_if_used(call, old[d].axis, reason)
     return [Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]
 
 

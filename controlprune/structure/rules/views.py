@@ -172,7 +172,7 @@ def select(tape: Tape, call: Call) -> list[Dims]:
     """One position of the dimension: pinned once the result is used (`w[0].numel()` uses nothing)."""
     dims = list(call.dims("self"))
     gone = dims.pop(_at(call.integer("dim"), len(dims)))
-    call.pending.append((gone.axis, PICKED))
+    tape.pin_if_used(call, gone.axis, PICKED)
     return [dims]
 
 

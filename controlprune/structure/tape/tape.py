@@ -167,7 +167,7 @@ class Tape:
             if (owner := self._owners.get(id(tensor))) is not None:
                 self.used.add(owner)
             while known.pending:
-                self.pin(*known.pending.pop())
+                axes.pin(*known.pending.pop())
             return known
         name = self._views.get(key) if (key := _view_key(tensor)) is not None else None
         if name is not None:
@@ -196,8 +196,14 @@ class Tape:
     # --- verbs -----------------------------------------------------------------------------------
 
     def pin(self, axis: Axis, reason: str) -> None:
-        place = f" (in {self.where})" if reason and self.where else ""
-        axes.pin(axis, reason and reason + place)
+        axes.pin(axis, self._placed(reason))
+
+    def pin_if_used(self, call: Call, axis: Axis, reason: str) -> None:
+        """Pin it once an output of the call is used: averages that nobody looks at say nothing."""
+        call.pending.append((axis, self._placed(reason)))
+
+    def _placed(self, reason: str) -> str:
+        return reason + (f" (in {self.where})" if reason and self.where else "")
 
     def statistics(self, axis: Axis, reason: str, channels: Axis | None = None) -> None:
         """The operator reduces over `axis`: the statistics of a norm (its channels: `channels`), or a pin."""

@@ -48,6 +48,12 @@ class TorchAttention(nn.Module):
         return self.out(self.up(x + self.attend(x, x, x, need_weights=False)[0]).relu())
 
 
+class KeysOfItsOwn(TorchAttention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(12, 3, batch_first=True, add_bias_kv=True)
+
+
 class TorchEncoder(nn.Module):
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
@@ -143,9 +149,10 @@ class CachedBias(nn.Module):
 CASES: Cases = {
     "gqa_repeat_interleave": (lambda: GroupedQuery(False), (2, 5, 10), [2, 2]),
     "gqa_native": (lambda: GroupedQuery(True), (2, 5, 10), [2, 2]),
-    "multihead_attention": (TorchAttention, SEQUENCE, [9]),
-    "encoder_layer": (lambda: TorchEncoder(False), (2, 5, 12), [20]),
-    "encoder_layer_prenorm": (lambda: TorchEncoder(True), (2, 5, 12), [20]),
+    "multihead_attention": (TorchAttention, SEQUENCE, [3, 9, 12]),
+    "multihead_keys": (KeysOfItsOwn, SEQUENCE, [9]),
+    "encoder_layer": (lambda: TorchEncoder(False), (2, 5, 12), [3, 20]),
+    "encoder_layer_prenorm": (lambda: TorchEncoder(True), (2, 5, 12), [3, 20]),
     "heads_by_shape": (HeadsByShape, (2, 5, 12), [7]),
     "fused_heads": (FusedHeads, (2, 5, 12), [4]),
     "linear_attention": (LinearAttention, (2, 7, 6), [2, 5]),
