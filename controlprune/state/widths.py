@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..structure.extents import Fixed, size
 from ..structure.groups import SizeAttribute, Structure
-from ..structure.sizes import get_size, set_size
+from ..structure.sizes import get_size, let_heads_leave, set_size
 
 __all__ = ["narrow", "record"]
 
@@ -50,6 +50,7 @@ def narrow(model: nn.Module, widths: Record) -> None:
     _require_alike(modules, tensors, widths)
     for module, attribute, index, value in widths["sizes"]:
         set_size(modules, module, attribute, index, value)
+    let_heads_leave(model)
     with torch.no_grad():
         for name, shape in widths["shapes"].items():
             tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from controlprune.plant.plant import Plant
+from controlprune.state.widths import narrow, record
 from controlprune.structure import analyse
+from controlprune.structure.groups import widths_of
 from controlprune.structure.heads import OwnHeads
 from controlprune.structure.standins import StandIn, restore, stand_in
 
@@ -160,6 +162,16 @@ def test_finalized_it_is_copied_pickled_exported_and_traced_anew() -> None:
     assert again.structure.sizes.count(3) == 2  # of four heads
     again.release()
     torch.testing.assert_close(model(x), small)
+
+
+def test_a_record_of_widths_makes_another_as_small() -> None:
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(2, L, 5)
+    plant, _ = shrunk(model, (x,))
+    other = Encoder().eval()
+    narrow(other, record(plant.structure, widths_of(plant.masks)))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
 
 
 def test_to_onnx() -> None:
