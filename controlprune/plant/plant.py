@@ -384,4 +384,9 @@ def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
             raise ValueError(f"masks: {group.name!r} has shape {tuple(mask.shape)}, not ({group.size},)")
         if not mask.any():
             raise ValueError(f"masks: {group.name!r} has no active unit; leave at least one")
+        if (live := int(mask.sum())) % group.multiple and live < group.size:
+            raise ValueError(
+                f"masks: {group.name!r} has {live} active units; the model's code takes multiples of "
+                f"{group.multiple}, or all {group.size}"
+            )
     return tuple(mask.detach().to("cpu", copy=True) for mask in masks)

@@ -7,6 +7,7 @@ for couplings that exist only there (auxiliary heads). The model is left exactly
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -54,7 +55,7 @@ def analyse(
         except Exception:  # e.g. BatchNorm refuses one value per channel: eval mode has told what there is
             tape.where, trains = "", False
     bind_module_attributes(tape)
-    structure = build(tape, ignored)
+    structure = replace(build(tape, ignored), forwards=2 if trains else 1)
     return verify(model, example_inputs, structure, trains=trains) if check else structure
 
 

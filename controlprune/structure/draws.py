@@ -2,6 +2,9 @@
 
 odd       every group at a random odd width: equal widths would hide sizes that are tied together, even
           widths a kernel that insists on multiples
+even      every group at a random even width: code may ask for the parity
+ones      every group at one unit: dimensions of size 1 broadcast, and vanish in squeeze()
+apart     a random half of the groups at one unit, the others even; and the reverse
 meeting   every group that is wider than w goes to w, for the sizes w that are commonest in the model: code
           may compare widths (`if y.shape == x.shape: y = y + x`), and does so differently where two that
           differ when dense are made to meet. Narrower groups stay on: one whose code fixes its size may
@@ -22,10 +25,15 @@ __all__ = ["draws", "rounded"]
 
 
 def draws(structure: Structure, seed: int, meetings: int) -> list[list[Tensor]]:
-    """One odd draw, and meeting ones at so many sizes; per draw, one mask for each group, True = active."""
+    """One draw of each kind, meeting ones at so many sizes: a mask for each group, True = active."""
     generator = torch.Generator().manual_seed(seed)
     units = structure.sizes
-    found = [[_random(n, _odd(n, generator), generator) for n in units]]
+    odd = [_random(n, _odd(n, generator), generator) for n in units]
+    found = [odd, [_random(n, _even(n, generator), generator) for n in units]]
+    single = torch.randperm(len(units), generator=generator) % 2 == 0
+    for alone in (torch.ones_like(single), single, ~single) if len(units) > 1 else (single,):
+        widths = [1 if one else _even(n, generator) for one, n in zip(alone.tolist(), units, strict=True)]
+        found.append([_random(n, width, generator) for n, width in zip(units, widths, strict=True)])
     for width in _common(structure)[:meetings]:
         found.append([_random(n, min(n, width), generator) for n in units])
     return found
@@ -48,8 +56,13 @@ def _odd(units: int, generator: torch.Generator) -> int:
     return live - 1 + live % 2
 
 
+def _even(units: int, generator: torch.Generator) -> int:
+    """At least 2, less than all; all of 2."""
+    return 2 * int(torch.randint(1, max((units + 1) // 2, 2), (), generator=generator))
+
+
 def _common(structure: Structure) -> list[int]:
-    """Lengths of the model's dimensions to which some group can shrink, the commonest first; 1 is odd's."""
+    """Lengths of the model's dimensions to which some group can shrink, the commonest first; 1 is ones'."""
     lengths = Counter(size(extent) for dims in structure.tensors.values() for extent in dims)
     widest = max(structure.sizes, default=0)
     return [length for length, _ in lengths.most_common() if 1 < length < widest]

@@ -118,6 +118,7 @@ class Structure:
     activations: tuple[Work, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[LiveNorm, ...] = ()
+    forwards: int = 0  # of the model, that the traces and the check took
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 
     @property

@@ -24,11 +24,24 @@ def test_odd_widths_first():
 
 def test_wider_groups_meet_the_commonest_sizes_and_narrower_ones_stay_on():
     structure = structure_of(32, 64, 32, 12, 2)
-    _, *meeting = draws(structure, 0, meetings=3)
+    meeting = draws(structure, 0, meetings=3)[-3:]
     widths = [[int(mask.sum()) for mask in draw] for draw in meeting]
     assert widths[0] == [32, 32, 32, 12, 2]  # 32 stands in most dimensions of the layers
     assert [12, 12, 12, 12, 2] in widths
     assert [2, 2, 2, 2, 2] in widths
+
+
+def test_corners():
+    structure = structure_of(32, 3, 2, 9)
+    _, even, ones, one, other = (
+        [int(mask.sum()) for mask in draw] for draw in draws(structure, 0, meetings=0)
+    )
+    assert even[1:3] == [2, 2]
+    assert all(width % 2 == 0 for width in even)
+    assert ones == [1] * 4
+    for first, second in zip(one, other, strict=True):
+        assert min(first, second) == 1
+        assert max(first, second) % 2 == 0
 
 
 def test_rounding_keeps_what_is_on():

@@ -1,0 +1,219 @@
+"""One joint mask tried on the model itself: do masked and shrunk outputs agree, and if not, where and why?
+
+    shrunk:  every tensor index_select-ed, size attributes written      y_s = f(W[live])
+    masked:  reader slices of the units that are off are zero           y_m = f(W ⊙ mask)
+    agree:   max |y_m − y_s| ≤ tolerance · max |y_m| for every output tensor
+
+The two sum in different orders. What differs in the model's own numbers is asked again in float64 where the
+model runs in it, and else against what rounding alone does: outputs of weights that are one rounding apart.
+
+Tensors that are constant (zero biases, unit gains, layer scales of 1e-6) would hide errors and are replaced
+by random values. The model's own tensors come back untouched: only `.data` is exchanged, and put back
+whatever happens.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .exchange import at_widths, select_live, tensors_of
+from .extents import groups_in, keep
+from .groups import Structure
+from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
+from .standins import count_live
+
+__all__ = ["DIFFERS", "Failure", "Trial"]
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+NOISE = 32.0  # times what rounding the weights once does: rounding goes on in every layer
+MOST_NOISE = 1e-2  # of the largest output: a model that is noisier tells nothing
+QUIET = 1e-3  # vectors below it (layer scales) count as constant
+DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
+FIXED = "the model's code fixes its size"
+
+Values: TypeAlias = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a joint mask can't be: for people, and in which module it was raised ("": nowhere)."""
+
+    reason: str
+    module: str = ""
+
+
+@dataclass
+class Trial:
+    """Tries joint masks, and counts the forward passes that this took."""
+
+    model: nn.Module
+    example_inputs: ExampleInputs
+    structure: Structure
+    seed: int
+    forwards: int = 0
+    _values: dict[str, Tensor] = field(default_factory=dict)
+    _doubles: bool | None = None  # does the model run in float64? None: not tried
+
+    def __post_init__(self) -> None:
+        self._values = _disturbed(self.model, self.structure, self.seed)
+
+    def run(self, masks: Sequence[Tensor], *, trains: bool = False) -> Failure | None:
+        """None where masked and shrunk agree (`trains`: and the shrunk model runs in training mode too)."""
+        with untouched(self.model):  # what a run leaves behind (caches) must not matter
+            self.model.eval()
+            try:
+                shrunk = self._shrunk(self._values, self.example_inputs, masks)
+                if trains:
+                    self.model.train()
+                    self._shrunk(self._values, self.example_inputs, masks)
+                    self.model.eval()
+                masked = self._masked(self._values, self.example_inputs, masks)
+            except Exception as error:
+                return _told(error, self.model)
+            if _agree(masked, shrunk) or self._is_rounding(masked, shrunk, masks):
+                return None
+            return Failure(DIFFERS)
+
+    def _is_rounding(self, masked: list[Tensor], shrunk: list[Tensor], masks: Sequence[Tensor]) -> bool:
+        if [y.shape for y in masked] != [y.shape for y in shrunk]:
+            return False
+        if self._doubles is not False:
+            values = {name: _double(value) for name, value in self._values.items()}
+            inputs = pytree.tree_map_only(Tensor, _double, self.example_inputs)
+            try:
+                exact = self._masked(values, inputs, masks)
+                self._doubles = any(y.dtype == torch.float64 for y in exact)
+                if self._doubles and _agree(exact, self._shrunk(values, inputs, masks)):
+                    return True
+            except Exception:
+                self._doubles = False
+        noise = self._noise(masked, masks)
+        return noise is not None and _agree(masked, shrunk, NOISE * noise)
+
+    def _noise(self, masked: list[Tensor], masks: Sequence[Tensor]) -> float | None:
+        """What one rounding of every weight does to the outputs, relative to the largest; None: too much."""
+        generator = torch.Generator().manual_seed(self.seed)
+        values = {}
+        for name, value in self._values.items():
+            if value.is_floating_point():
+                signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+                value = value * (1 + torch.finfo(value.dtype).eps / 2 * signs)
+            values[name] = value
+        again = self._masked(values, self.example_inputs, masks)
+        noise = max((_gap(a, b) for a, b in zip(masked, again, strict=True)), default=0.0)
+        return noise if NOISE * noise <= MOST_NOISE else None
+
+    def _shrunk(
+        self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]
+    ) -> list[Tensor]:
+        live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in values.items()}
+        return self._forward(live, inputs, [int(mask.sum()) for mask in masks])
+
+    def _masked(
+        self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]
+    ) -> list[Tensor]:
+        zeroed = {name: self._zeroed(name, value, masks) for name, value in values.items()}
+        with _counting(self.model, self.structure, masks):
+            return self._forward(zeroed, inputs, None)
+
+    def _zeroed(self, name: str, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        for number, group in enumerate(self.structure.groups):
+            for entry in group.readers:
+                if entry.tensor == name and not bool(masks[number].all()):
+                    alone = [m if n == number else torch.ones_like(m) for n, m in enumerate(masks)]
+                    off = ~keep(entry.extent, alone).to(value.device)
+                    value = value.index_fill(entry.dim, off.nonzero().flatten(), 0)
+        return value
+
+    def _forward(self, values: Values, inputs: ExampleInputs, widths: list[int] | None) -> list[Tensor]:
+        self.forwards += 1
+        with at_widths(self.model, self.structure, values, widths), torch.no_grad():
+            torch.manual_seed(0)
+            with reference_kernels(self.model):
+                return output_tensors(call_model(self.model, copied(inputs)))
+
+
+@contextmanager
+def _counting(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -> Iterator[None]:
+    count_live(model, structure.norms, masks)
+    try:
+        yield
+    finally:
+        count_live(model, structure.norms, None)
+
+
+def _disturbed(model: nn.Module, structure: Structure, seed: int) -> dict[str, Tensor]:
+    """Values for the check: the model's own, but constants made random."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    for name, value in values.items():
+        grouped = any(groups_in(extent) for extent in structure.tensors[name])
+        if (grouped or name in structure.parameters) and _is_constant(value):
+            level = float(value.flatten()[0])
+            noise = torch.rand(value.shape, generator=generator)
+            around = (noise + 0.5) * (level if abs(level) > 0.1 else 1.0)
+            values[name] = (0.2 * (noise - 0.5) if level == 0 else around).to(value)
+    return values
+
+
+def _is_constant(value: Tensor) -> bool:
+    if not value.is_floating_point() or value.numel() < 2:
+        return False
+    flat = value.flatten()
+    if value.dim() == 1 and float(flat.abs().max()) < QUIET:
+        return True
+    return bool((flat[:8] == flat[0]).all()) and bool((flat == flat[0]).all())
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _agree(masked: list[Tensor], shrunk: list[Tensor], least: float = 0.0) -> bool:
+    return len(masked) == len(shrunk) and all(
+        a.shape == b.shape and _gap(a, b) <= max(TOLERANCE.get(a.dtype, 1e-4), least)
+        for a, b in zip(masked, shrunk, strict=True)
+    )
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest entry; infinite where holes (nan) lie elsewhere."""
+    if not (a.is_floating_point() or a.is_complex()) or not a.numel():
+        return 0.0  # decisions (argmax, counts) may flip on rounding; the floats tell
+    if not torch.equal(a.isnan(), b.isnan()):
+        return float("inf")
+    difference = float((a - b).abs().nan_to_num(0.0, 0.0).amax())
+    scale = float(a.abs().nan_to_num(0.0, 1.0).amax())
+    return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
+
+
+# --- what is told of an error --------------------------------------------------------------------------
+
+
+def _told(error: Exception, model: nn.Module) -> Failure:
+    """Its first line, and the line of the model's own code that it came from."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, place = "", ""
+    for frame, line in _frames(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        module = names.get(id(owner), module)
+        path = frame.f_code.co_filename
+        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch."):
+            place = f"; {path.rpartition('/')[2]}:{line}: {linecache.getline(path, line).strip()}"
+    text = str(error).strip().splitlines()
+    return Failure(f"{FIXED} ({type(error).__name__}: {text[0] if text else ''}{place})", module)
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
