@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import controlprune as cp
+from controlprune.plant.plant import Plant
 from controlprune.structure import analyse
 
 from .models import CASES
@@ -57,6 +58,15 @@ def test_grouped_experts_stay_whole_and_their_neurons_go_in_the_kernels_steps() 
         "a router picks whole experts by index: one that is off would still be picked"
     )
     assert "(topk)" in told["router"]
+
+
+def test_masks_by_hand_keep_to_the_kernels_steps() -> None:
+    torch.manual_seed(0)
+    model = GroupedProducts(32)
+    plant = Plant(model, None, analyse(model, torch.randn(5, 8)))
+    with pytest.raises(ValueError, match="'up' has 9 active units; the model's code takes multiples of 8"):
+        plant.apply([torch.arange(32) < 9], compact=False)
+    plant.apply([torch.arange(32) < 8], compact=True)
 
 
 def test_a_branch_that_does_not_run_is_told_as_such() -> None:
