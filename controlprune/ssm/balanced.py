@@ -31,6 +31,7 @@ __all__ = [
     "balanced_truncation",
     "balancing",
     "balancing_of_factors",
+    "check_system",
     "error_bound",
     "hankel_singular_values",
 ]
@@ -81,7 +82,7 @@ class Balancing:
 
 def balancing(A: Array, B: Array, C: Array) -> Balancing:
     """Hankel singular values and balanced coordinates of (A, B, C); an error if it is not stable."""
-    _check(A, B, C)
+    check_system(A, B, C)
     return balancing_of_factors(A, B, C, controllability_factor(A, B), observability_factor(A, C))
 
 
@@ -113,7 +114,7 @@ def hankel_singular_values(A: ArrayLike | Tensor, B: ArrayLike | Tensor, C: Arra
     A is [n] (diagonal) or [n, n], B [n, m], C [p, n], real or complex, stable.
     """
     a, b, c = (_array(x) for x in (A, B, C))
-    _check(a, b, c)
+    check_system(a, b, c)
     found = np.zeros(len(a))
     reach, see = controllability_factor(a, b), observability_factor(a, c)
     values = np.linalg.svd(see.conj().T @ reach, compute_uv=False)
@@ -145,7 +146,8 @@ def balanced_truncation(A: Both, B: Both, C: Both, D: Both, r: int) -> tuple[Bot
     return small_a, small_b, small_c, D
 
 
-def _check(A: Array, B: Array, C: Array) -> None:
+def check_system(A: Array, B: Array, C: Array) -> None:
+    """An error that says what is wrong with it, if it has no Gramians."""
     n = len(A)
     if A.shape not in ((n,), (n, n)) or B.ndim != 2 or C.ndim != 2 or B.shape[0] != n or C.shape[1] != n:
         raise ValueError(

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .balanced import Balancing, balancing_of_factors
+from .balanced import Balancing, balancing_of_factors, check_system
 from .diagonal import Modal, diagonalised
 from .gramians import Array, compressed, controllability_factor, observability_factor
 
-__all__ = ["Reduction", "real_balancing", "real_order", "real_reduction", "real_system"]
+__all__ = ["Reduction", "padded", "real_balancing", "real_order", "real_reduction", "real_system"]
 
 PAIRED = 1e-9  # |Im λ| up to which a pole counts as real: LAPACK's pairs of a real matrix are exact
 
@@ -60,6 +60,7 @@ def real_system(poles: Array, B: Array, C: Array) -> tuple[Array, Array, Array]:
 
 def real_balancing(poles: Array, B: Array, C: Array) -> Balancing:
     """Hankel singular values (2n of them) and balanced coordinates of y = Re(C x)."""
+    check_system(poles, B, C)
     both = np.concatenate([poles, poles.conj()])
     reach = controllability_factor(both, np.vstack([B, B.conj()]))
     see = observability_factor(both, np.hstack([C, C.conj()]) / 2)
@@ -89,6 +90,28 @@ def real_order(found: Balancing, tolerance: float, precision: float) -> int:
     """How many complex states the truncation by tolerance takes."""
     modal = diagonalised(*found.truncated(found.order(tolerance)), precision)
     return sum(map(len, _kinds(modal.poles)))
+
+
+def padded(small: Reduction, states: int) -> Reduction:
+    """With idle states at λ = 0 that hear the input and are not heard, up to `states` of them."""
+    idle = states - small.states
+    if not idle:
+        return small
+    if small.poles.ndim == 2:
+        raise ValueError(f"states={states}: the system has only {small.states} that matter")
+    n, m, p = len(small.S), small.B.shape[1], small.C.shape[0]
+    into_re, into_im = np.split(small.S, 2, axis=1)
+    out_re, out_im = np.split(small.R, 2)
+    nowhere, nothing = np.zeros((n, idle)), np.zeros((idle, n))
+    return Reduction(
+        np.concatenate([small.poles, np.zeros(idle)]),
+        np.vstack([small.B, np.full((idle, m), m**-0.5)]),
+        np.hstack([small.C, np.zeros((p, idle))]),
+        small.order,
+        small.bound,
+        np.hstack([into_re, nowhere, into_im, nowhere]),
+        np.vstack([out_re, nothing, out_im, nothing]),
+    )
 
 
 def _between_equals(found: Balancing, order: int) -> bool:
