@@ -2,26 +2,30 @@
 
 The layer gives its system, the system is balanced and cut, and the layer takes it back in its own
 parameters, which stay the same objects with fewer entries; the optimizer stays valid and remembers what it
-knew (`moments.py`). Layers whose A depends on the input have no Hankel singular values: `selective.py`.
+knew (`moments.py`). Layers whose A depends on the input have no
+Hankel singular values and are cut by a rule: `selective.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..plant.layout import set_data
 from .gramians import Array
-from .layer import StateSpace, System
+from .layer import StateSpace, System, state_space_layers
 from .moments import Map, Moments, carried
 from .reduce import Spectrum, embedding, reduced, spectrum, states_for
+from .selective import Selective, keep_states, scores_of
 
-__all__ = ["Cut", "states_kept_by", "truncate", "values_of"]
+__all__ = ["Cut", "states_kept_by", "states_of", "truncatable", "truncate", "values_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +36,25 @@ class Cut:
     before: int  # states
     after: int
     values: Array  # Hankel singular values before the cut, [systems, order]
-    bound: float  # H∞ error of the layer's output, the largest over its systems
+    bound: float  # H∞ error of the layer's output, the largest over its systems; nan: none is known
     reset: tuple[str, ...]  # parameters whose optimizer state could not follow
 
 
 def values_of(layer: nn.Module) -> Array:
-    """Hankel singular values of a layer, [systems, order], falling; 2n of them where y = Re(C x)."""
+    """Hankel singular values of a layer, [systems, order], falling; 2n of them where y = Re(C x).
+
+    Of a `Selective` layer: its states' scores, falling.
+    """
+    if isinstance(layer, Selective):
+        return scores_of(layer).sort(descending=True).values[None].double().cpu().numpy()
     return _spectrum(layer).values
 
 
 def states_kept_by(layer: nn.Module, tolerance: float) -> int:
     """The fewest states that keep (1 − tolerance) of the sum of the layer's values."""
+    if isinstance(layer, Selective):
+        kept = values_of(layer)[0].cumsum()
+        return int(np.searchsorted(kept, (1 - tolerance) * kept[-1] * (1 - 1e-9))) + 1
     return states_for(_spectrum(layer), tolerance)
 
 
@@ -51,11 +63,12 @@ def truncate(layer: nn.Module, states: int, optimizer: Optimizer | None = None, 
 
     Gradients of the last step are dropped.
     """
+    if isinstance(layer, Selective):
+        return _selected(layer, states, optimizer, name)
     found = _spectrum(layer)
     system = _system(layer)
-    before = system[1].shape[-2]
-    if not 1 <= states <= before:
-        raise ValueError(f"states={states}: {name or type(layer).__name__} has {before}; give 1 to {before}")
+    before = states_of(layer)
+    _check_states(layer, states, name)
     small = reduced(found, states)
     new = _stacked(small, system, found.batched)
     parameters = dict(layer.named_parameters())
@@ -68,6 +81,33 @@ def truncate(layer: nn.Module, states: int, optimizer: Optimizer | None = None, 
     _put(parameters, taken, optimizer, moments)
     bound = max(one.bound for one in small)
     return Cut(name, before, states, found.values, bound, moments.dropped)
+
+
+def states_of(layer: nn.Module) -> int:
+    """How many states a layer has (per system)."""
+    return layer.states if isinstance(layer, Selective) else _system(layer)[1].shape[-2]
+
+
+def truncatable(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of the model whose states can be cut, by its dotted name."""
+    selective = {name: module for name, module in model.named_modules() if isinstance(module, Selective)}
+    return dict(state_space_layers(model)) | selective
+
+
+def _selected(layer: Selective, states: int, optimizer: Optimizer | None, name: str) -> Cut:
+    """The states of the largest scores stay; nobody knows a bound."""
+    before = layer.states
+    _check_states(layer, states, name)
+    values = values_of(layer)
+    kept = scores_of(layer).topk(states).indices.sort().values
+    keep_states(layer, kept, optimizer)
+    return Cut(name, before, states, values, math.nan, ())
+
+
+def _check_states(layer: nn.Module, states: int, name: str) -> None:
+    now = states_of(layer)
+    if not 1 <= states <= now:
+        raise ValueError(f"states={states}: {name or type(layer).__name__} has {now}; give 1 to {now}")
 
 
 def _spectrum(layer: nn.Module) -> Spectrum:

@@ -21,17 +21,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .gramians import Array
-from .layer import StateSpace, state_space_layers
 from .snapshot import Snapshot
-from .truncate import Cut, states_kept_by, truncate, values_of
+from .truncate import Cut, states_kept_by, states_of, truncatable, truncate, values_of
 
-__all__ = ["Record", "Truncation", "states_of"]
+__all__ = ["Record", "Truncation"]
 
 WORTH = 0.05  # share of a layer's states that a cut takes at least; the published 5 %
 
@@ -69,7 +67,7 @@ class Truncation:
         cuts: int = 5,
         allowed: float | None = None,
     ) -> None:
-        self.layers = dict(state_space_layers(model))
+        self.layers = truncatable(model)
         if not self.layers:
             raise ValueError("model: no layer of it gives system() and parameters_for(); see ssm.StateSpace")
         if not 0 <= tolerance < 1:
@@ -151,7 +149,3 @@ class Truncation:
         else:
             wanted = max(round(now * (least / now) ** (1 / max(left, 1))), least)
         return wanted if wanted <= (1 - WORTH) * now else 0
-
-
-def states_of(layer: nn.Module) -> int:
-    return cast(StateSpace, layer).system()[1].shape[-2]
