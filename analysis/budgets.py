@@ -27,17 +27,18 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from nets import WORKLOADS
+from simulated_meter import SimulatedMeter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import controlprune as cp
 from controlprune.app.tasks import load
 from controlprune.cost.clock import measure_interleaved
-from controlprune.cost.energy_meter import SimulatedMeter
 from controlprune.cost.flops import flops
 from controlprune.cost.params import parameters
 from controlprune.structure import analyse
@@ -148,7 +149,7 @@ def exact(options: argparse.Namespace) -> None:
             _exact(name, net, {k: float(r) for k, r in asked.items()}, options.steps)
 
 
-def _exact(name: str, net: Net, asked: dict[str, float], steps: int) -> None:
+def _exact(name: str, net: Net, asked: dict[str, Any], steps: int) -> None:
     try:
         run = start(net, cp.Budget(**asked), steps)
     except cp.InfeasibleBudget as error:

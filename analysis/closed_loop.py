@@ -10,7 +10,7 @@ Everything runs on the same net in training with `Control(invert=False)`: the ma
     margins      the PI designed for that plant (regulators/design.py): gain, phase and delay margin
     sensitivity  the measurement is disturbed at seven frequencies at once; S predicted and measured
     strained     the designed loop with its gain multiplied, with measurements that come late, and both
-    rivals       the budget moves 0.6, 0.3, 0.5 in the run: PI, LQR, the horizon's MPC with exact inversion,
+    rivals       the budget moves 0.6, 0.3, 0.5 in the run: PI, the horizon's MPC with exact inversion,
                  feed-forward alone, and cubic gradual pruning by width, which cannot know of it
 
 The experiments are in loop_studies.py, the pictures, which go to `--out`, in loop_figures.py. Widths go in

@@ -25,7 +25,6 @@ from controlprune.loop.history import History
 from controlprune.policies.feedback.control import Control
 from controlprune.policies.feedback.pricing import LATE, RATE
 from controlprune.price.design import Margins, design, margins
-from controlprune.price.lqr import lqr
 from controlprune.price.pi import PI
 
 __all__ = ["Rejection", "Rival", "Step", "Strained", "designed", "identified", "stepped"]
@@ -194,7 +193,6 @@ def rivals(task: Task, seeds: int, fit: Fit, regulator: PI) -> list[Rival]:
     steered = Control(invert=False, plan=plan, update_every=EVERY, freeze=0.8)
     policies = {
         "PI": replace(steered, regulator=regulator),
-        "LQR": replace(steered, regulator=lqr(fit.response)),
         "MPC, inverted": replace(steered, invert=True, plan=Horizon(earliest=0.05, deadline=0.3)),
         "feed-forward": replace(steered, regulator=Held()),
     }

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from numbers import Real
+from typing import Any
 
 __all__ = [
     "GAUGED",
@@ -33,6 +35,7 @@ __all__ = [
     "Budget",
     "InfeasibleBudget",
     "Price",
+    "Resource",
     "Target",
     "parse",
     "require_budget",
@@ -108,13 +111,22 @@ class Target:
 
 def parse(resource: str, value: object) -> Target:
     """`value` as the user gave it for `resource`; ValueError or TypeError with what to write instead."""
-    example = f'a fraction in (0, 1], "60%" or an amount such as "{_EXAMPLES[resource]}"'
+    return _parse(resource, value, _UNITS[resource], _EXAMPLES[resource])
+
+
+def _amounts(unit: str) -> dict[str, float]:
+    """A unit of the user's own with SI prefixes."""
+    return {prefix + unit: scale for prefix, scale in _SI.items()}
+
+
+def _parse(resource: str, value: object, units: Mapping[str, float], amount_like: str) -> Target:
+    example = f'a fraction in (0, 1], "60%" or an amount such as "{amount_like}"'
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
         if 0 < number <= 1:
             return Target(number, True)
         above = math.isfinite(number) and number > 1
-        hint = f'; for an absolute amount write it with its unit, "{_EXAMPLES[resource]}"' if above else ""
+        hint = f'; for an absolute amount write it with its unit, "{amount_like}"' if above else ""
         raise ValueError(
             f"Budget({resource}={value!r}): not a fraction of dense in (0, 1]{hint or f'; give {example}'}"
         )
@@ -128,15 +140,39 @@ def parse(resource: str, value: object) -> Target:
         if not 0 < number <= 100:
             raise ValueError(f"Budget({resource}={value!r}): a share of dense lies in (0%, 100%]")
         return Target(number / 100, True)
-    if unit not in _UNITS[resource]:
-        known = ", ".join(u for u in _UNITS[resource] if u and not u.startswith((" ", "K")))
+    if unit not in units:
+        known = ", ".join(u for u in units if u and not u.startswith((" ", "K")))
         raise ValueError(
             f"Budget({resource}={value!r}): unknown unit {unit!r}; give {example} (units: {known})"
         )
-    amount = number * _UNITS[resource][unit]
+    amount = number * units[unit]
     if not (math.isfinite(amount) and amount > 0) or (resource == "params" and amount < 1):
         raise ValueError(f"Budget({resource}={value!r}): not a positive amount; give {example}")
     return Target(amount, False)
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A resource of the user's own, for `Budget(own={resource: limit})`.
+
+    `cost`: from what the traced model uses (cost/uses.py: `flops`, `params`, `elements(name)`, polynomials in
+    the widths, to be added and scaled) to the use, in `unit`. `measure`: what a copy of the live net really
+    uses, in `unit`, where the cost is only a model of it; None: the cost is exact.
+    """
+
+    name: str
+    unit: str
+    cost: Callable[[Any], Any]
+    measure: Callable[[Any], float] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier() or self.name in UNITS:
+            raise ValueError(
+                f"Resource(name={self.name!r}): give a name like a variable's, none of {', '.join(UNITS)}"
+            )
+        for argument, value in (("cost", self.cost), ("measure", self.measure or self.cost)):
+            if not callable(value):
+                raise TypeError(f"Resource({argument}={value!r}): give a function")
 
 
 @dataclass(frozen=True)
@@ -151,15 +187,31 @@ class Budget:
     train_flops: float | str | None = None
     train_time: float | str | None = None
     train_energy: float | str | None = None
+    own: Mapping[Resource, float | str] = field(default_factory=dict, hash=False)  # resources of the user's
 
     def __post_init__(self) -> None:
-        if not self.targets():
+        if not isinstance(self.own, Mapping) or not all(isinstance(r, Resource) for r in self.own):
+            raise TypeError(
+                f"Budget(own={self.own!r}): give a mapping from controlprune.Resource to its limit"
+            )
+        if not self._targets:
             raise ValueError("Budget(): empty; name at least one resource, e.g. Budget(flops=0.5)")
+
+    @cached_property
+    def _targets(self) -> dict[str, Target]:
+        given = {name: getattr(self, name) for name in UNITS}
+        found = {name: parse(name, value) for name, value in given.items() if value is not None}
+        return found | {
+            r.name: _parse(r.name, v, _amounts(r.unit), f"3 {r.unit}") for r, v in self.own.items()
+        }
 
     def targets(self) -> dict[str, Target]:
         """Resource -> parsed limit, of those that were given."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: parse(name, value) for name, value in given.items() if value is not None}
+        return dict(self._targets)
+
+    def prices(self) -> dict[str, float]:
+        """None are given."""
+        return {}
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limit per resource, from what the dense model uses (same units as the module's table)."""
@@ -190,6 +242,15 @@ class Price:
                 raise ValueError(
                     f"Price({name}={value!r}): give a finite number > 0, in loss per dense use of {name}"
                 )
+
+    @property
+    def own(self) -> Mapping[Resource, float | str]:
+        """None are given."""
+        return {}
+
+    def targets(self) -> dict[str, Target]:
+        """No limit is given."""
+        return {}
 
     def prices(self) -> dict[str, float]:
         """Resource -> price, of those that were given."""

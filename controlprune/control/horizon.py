@@ -25,6 +25,7 @@ deadline; saving = mistrust = 0 and ρ = 1 spreads the doses evenly.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,7 +66,7 @@ class HorizonState:
 
 @dataclass(frozen=True)
 class Horizon:
-    """Settings, see the module; a drop-in for `regulators.plan.Plan`. Times are fractions of the horizon."""
+    """Settings, see the module; a drop-in for `control.ramp.Plan`. Times are fractions of the horizon."""
 
     earliest: float = 0.02
     deadline: float = 0.5
@@ -73,7 +74,7 @@ class Horizon:
     mistrust: float = 0.5
     settling: float = 0.05  # in which 1 − stability halves
     bend: float = 5.0
-    budget: float = 0.5  # β that `saving` and `total` count with
+    budget: float = 0.5  # β that `saving` and `total` count with; in a run, the tightest one asked for
     total: float | None = None
     healing: float = 0.9  # ρ and κ that are believed before anything is seen
     damage: float = 0.5
@@ -118,6 +119,10 @@ class Horizon:
     def scaled(self, factor: float) -> Horizon:
         """The same planner with its times multiplied."""
         return replace(self, earliest=factor * self.earliest, deadline=factor * self.deadline)
+
+    def towards(self, budgets: Iterable[float]) -> Horizon:
+        """With the β of the tightest of these budgets."""
+        return replace(self, budget=min(budgets, default=self.budget))
 
     def ahead(self, progress: float, level: float, started: float | None) -> float:
         """Mean level over the rest of the horizon at the latest: an even descent to the deadline."""

@@ -38,7 +38,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import nn
 
 from ..structure.exchange import at_widths, first_units, tensors_of
@@ -230,6 +229,8 @@ def _left_out(shares: Array, apart: Array, drawn: float) -> float:
 
 def _solve(shares: Array, apart: Array, drawn: float) -> Array:
     wanted = np.concatenate([np.ones(len(shares)), np.zeros(len(apart))])
+    from scipy.optimize import nnls  # takes a quarter of a second to import
+
     return nnls(np.concatenate([shares, math.sqrt(drawn) * apart]), wanted)[0]
 
 

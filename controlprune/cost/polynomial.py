@@ -26,7 +26,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import csr_array
 
 from ..structure.extents import Concat, Extent, Fixed, Product, Units, Window
 
@@ -95,7 +94,7 @@ class Polynomial:
     coefficients: Array  # a, [T]
     index: NDArray[np.intp]  # [T, K] into the forms
     offsets: Array  # b, [F]; the last form is the constant 1
-    slopes: Array | csr_array  # S, [F, G], sparse where that is large
+    slopes: Any  # S, [F, G]: an array, or scipy's csr_array where that is large
     pair_terms: NDArray[np.intp]  # [P] term of each (term, group) pair, pairs sorted by group
     pair_groups: NDArray[np.intp]  # [P]
     pair_slopes: Array  # [P, K] ∂form/∂n_g of each factor of the pair's term
@@ -204,7 +203,6 @@ def _compile(total: Mapping[tuple[Form, ...], float], groups: int) -> Polynomial
     where = np.array(entries, dtype=np.intp).reshape(-1, 3)
     if len(where) and not 0 <= where[:, 1].min() <= where[:, 1].max() < groups:
         raise ValueError(f"an extent names group {where[:, 1].max()}, but there are {groups} groups")
-    slopes = csr_array((where[:, 2].astype(float), (where[:, 0], where[:, 1])), shape=(one + 1, groups))
     pairs = sorted({(g, t) for t, key in enumerate(total) for _, terms in key for g, _ in terms})
     pair_groups = np.array([g for g, _ in pairs], dtype=np.intp)
     pair_terms = np.array([t for _, t in pairs], dtype=np.intp)
@@ -215,9 +213,20 @@ def _compile(total: Mapping[tuple[Form, ...], float], groups: int) -> Polynomial
         coefficients=np.array(list(total.values()), dtype=float),
         index=index,
         offsets=np.array([b for b, _ in number] + [1.0]),
-        slopes=slopes.toarray() if (one + 1) * groups <= DENSE else slopes,
+        slopes=_slopes(where, (one + 1, groups)),
         pair_terms=pair_terms,
         pair_groups=pair_groups,
         pair_slopes=pair_slopes.reshape(len(pairs), longest),
         starts=np.searchsorted(pair_groups, np.arange(groups + 1)),
     )
+
+
+def _slopes(where: NDArray[np.intp], shape: tuple[int, int]) -> Any:
+    """From rows (form, group, slope)."""
+    if math.prod(shape) > DENSE:
+        from scipy.sparse import csr_array  # takes a tenth of a second to import
+
+        return csr_array((where[:, 2].astype(float), (where[:, 0], where[:, 1])), shape=shape)
+    out = np.zeros(shape)
+    np.add.at(out, (where[:, 0], where[:, 1]), where[:, 2])
+    return out

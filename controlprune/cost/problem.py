@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from ..budget import MEASURED, TOTALS, Budget, InfeasibleBudget, Price
 from ..structure.extents import size
@@ -44,8 +46,8 @@ def pose(
     net was measured to use.
     """
     sizes = structure.sizes
-    targets = budget.targets() if isinstance(budget, Budget) else {}
-    prices = budget.prices() if isinstance(budget, Price) else {}
+    targets, prices = budget.targets(), budget.prices()
+    sensed = MEASURED | {own.name for own in budget.own if own.measure is not None}
     missing = [name for name in (*targets, *prices) if name not in costs]
     if missing:
         raise ValueError(
@@ -72,7 +74,7 @@ def pose(
         budget={name: limit / dense[name] for name, limit in limits.items() if name not in totals},
         prices=prices,
         totals=totals,
-        measured=frozenset(used) & MEASURED,
+        measured=frozenset(used) & sensed,
         steps=steps.steps,
         grains=steps.grains,
         floors=floors,
@@ -109,7 +111,12 @@ class Problem:
     elements: int  # numbers in all readers: what one observation reads
     seed: int
 
+    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """A vector over all units, group by group."""
+        return torch.split(vector, list(self.structure.sizes))
+
     def fraction(self, resource: str, widths: tuple[int, ...]) -> float:
+        """C_k(n) / C_k(N)."""
         return self.costs[resource].value(np.asarray(widths)) / self.dense[resource]
 
 

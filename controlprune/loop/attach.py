@@ -22,6 +22,7 @@ from ..cost.instruments import Instruments
 from ..cost.optimizer_state import require_carried
 from ..cost.problem import Problem, pose
 from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
+from ..cost.uses import own_costs
 from ..plant.joint import as_one
 from ..plant.optimizer import require_nothing_beside
 from ..policies.base import Policy
@@ -100,7 +101,7 @@ def attach(
         return pose(
             structure,
             budget,
-            {**survey.costs, **exact_costs(_named(budget), structure)},
+            {**survey.costs, **exact_costs(_named(budget), structure), **own_costs(budget, structure)},
             total_steps=total_steps,
             round_to=round_to,
             batch=traced.batch,
@@ -168,14 +169,14 @@ def _gauge(budget: Budget | Price, survey: Survey, bench: Bench, sizes: tuple[in
     names = [name for name in _named(budget) if name in GAUGED]
     if not names:
         return None
-    targets = budget.targets() if isinstance(budget, Budget) else {}
+    targets = budget.targets()
     relative = {name: name not in targets or targets[name].relative for name in names}
     seconds = survey.costs["latency"].value(sizes)
     return Gauge(bench.model, bench.deploy_inputs, relative, seconds, bench.instruments)
 
 
 def _named(budget: Budget | Price) -> list[str]:
-    return list(budget.targets() if isinstance(budget, Budget) else budget.prices())
+    return [*budget.targets(), *budget.prices()]
 
 
 def _check_arguments(model: object, budget: object, total_steps: object, policy: object) -> None:

@@ -100,13 +100,14 @@ class Controller:
         """Realised use of the budgeted resources, counted on the active units."""
         run, problem = self._run, self._run.problem
         use = run.policy.realised(widths_of(self.plant.masks))
+        units = {**UNITS, **{own.name: own.unit for own in run.budget.own}}
         now = {
             k: (use[k] * problem.dense[k], problem.dense[k]) for k in problem.costs if k not in problem.totals
         }
         spent, whole = run.metering.accounts.used(), run.metering.accounts.dense()
         now |= {name: (spent[name], whole[name]) for name in spent}
         return {
-            name: Cost(value, dense, UNITS[name], value / problem.batch if name == "flops" else None)
+            name: Cost(value, dense, units[name], value / problem.batch if name == "flops" else None)
             for name, (value, dense) in now.items()
         }
 
@@ -229,7 +230,7 @@ class Controller:
     def _last_decision(self, before: tuple[Tensor, ...], into: nn.Module | None) -> Decision:
         """What the policy ends with, laid out; where a clock is under budget, as the clock agrees."""
         run, plant = self._run, self.plant
-        gauged = run.metering.gauge is not None
+        gauged = run.metering.senses
         for _ in range(READINGS if gauged else 0):
             run.measure()  # no unit goes, or stays, for one bad measurement
         decision = self._final(before, into)
@@ -253,6 +254,17 @@ class Controller:
             for name, limit in self._run.problem.budget.items()
             if name in self._run.problem.measured and use[name] > limit * (1.0 + TOLD)
         ]
+        beyond = [
+            f"{name} is {use[name]:.4g} of dense, {limit:.4g} was asked"
+            for name, limit in self._run.problem.budget.items()
+            if name not in self._run.problem.measured and use[name] > limit * (1.0 + 1e-9)
+        ]
+        if beyond:
+            warnings.warn(
+                f"controlprune: finalize: the policy ended above its budget: {'; '.join(beyond)}. Its "
+                "decide() is asked once more at the end (observation.final): masks within it must come then",
+                stacklevel=4,
+            )
         if over:
             warnings.warn(
                 f"controlprune: finalize: {'; '.join(over)}; no smaller net was found, as measured just now. "

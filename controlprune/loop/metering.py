@@ -23,6 +23,7 @@ from ..cost.flops import flops
 from ..cost.forward_time import Gauge
 from ..cost.instruments import Instruments
 from ..cost.measurement import Measurement
+from ..cost.own import Own
 from ..cost.problem import Problem
 from ..cost.run_totals import Accounts
 from ..cost.survey import Survey
@@ -32,6 +33,7 @@ __all__ = ["AGAIN", "Metering"]
 # steps after which an unchanged layout is measured again: the machine may have changed. The gauge's some 80
 # forwards are a hundredth of as many steps.
 AGAIN = 2700
+CERTAIN = 0.01  # relative error of a sensor of the user's, which does not say its own
 
 Agree = Callable[[Tensor], Tensor]
 Widths = tuple[int, ...]
@@ -50,6 +52,7 @@ class Metering:
     ) -> None:
         self.use = 1.0
         self.gauge = gauge
+        self._own = Own(problem.dense, budget)
         self._work, self._whole = flops(problem.structure), problem.flops
         self._sizes = problem.structure.sizes
         self._open = lambda budget: Accounts(
@@ -58,7 +61,7 @@ class Metering:
         self.accounts: Accounts = self._open(budget)
         self._agree = agree
         self._clock = instruments.clock
-        self._entered, self._own = 0.0, 0.0  # seconds in the controller since the last step
+        self._entered, self._spent = 0.0, 0.0  # seconds in the controller since the last step
 
     def enter(self) -> None:
         """The controller begins to work."""
@@ -66,20 +69,40 @@ class Metering:
 
     def leave(self) -> None:
         """And ends."""
-        self._own += self._clock() - self._entered
+        self._spent += self._clock() - self._entered
 
     def step(self) -> None:
         """A training step is over, the controller at work."""
         self.leave()
-        self.accounts.step(self.use, self._own)
-        self._own = 0.0
+        self.accounts.step(self.use, self._spent)
+        self._spent = 0.0
         self.enter()
 
     def laid_out(self, widths: Widths, model: nn.Module | None) -> list[Measurement]:
         """The tensors have these widths now; what the forward of `model` then takes, where it is gauged."""
         self.use = self._work.value(widths) / self._whole
         self.accounts.laid_out()
-        if self.gauge is None or model is None:
+        if model is None:
+            return []
+        return self._timed(widths, model) + self._owned(widths, model)
+
+    @property
+    def senses(self) -> bool:
+        """Is anything of the live net measured?"""
+        return self.gauge is not None or bool(self._own.sensed)
+
+    def _owned(self, widths: Widths, model: nn.Module) -> list[Measurement]:
+        """What the user's own sensors say."""
+        found = self._own.read(model)
+        agreed = self._mean(*found.values()) if found else []
+        return [
+            Measurement(n, widths, y, CERTAIN)
+            for n, y in zip(found, agreed, strict=True)
+            if not math.isnan(y)
+        ]
+
+    def _timed(self, widths: Widths, model: nn.Module) -> list[Measurement]:
+        if self.gauge is None:
             return []
         reading, names = self.gauge.read(model), self.gauge.resources
         mine = [math.nan] * (1 + len(names))
@@ -102,8 +125,9 @@ class Metering:
         found = [Measurement(name, widths, *row) for name, row in zip(modelled, agreed, strict=True)]
         return [account for account in found if not math.isnan(account.spent)]
 
-    def retarget(self, budget: Budget | Price) -> None:
+    def retarget(self, problem: Problem, budget: Budget | Price) -> None:
         self.accounts.retarget(_run_targets(budget))
+        self._own = Own(problem.dense, budget)
 
     def restored(self, budget: Budget | Price, state: Mapping[str, Any]) -> Accounts:
         """Accounts as they were saved; nothing here changes until they are put in place."""
@@ -122,5 +146,4 @@ class Metering:
 
 
 def _run_targets(budget: Budget | Price) -> dict[str, Target]:
-    targets = budget.targets() if isinstance(budget, Budget) else {}
-    return {name: target for name, target in targets.items() if name in TOTALS}
+    return {name: target for name, target in budget.targets().items() if name in TOTALS}

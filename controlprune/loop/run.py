@@ -95,6 +95,7 @@ class Run:
         self.began = time.process_time()
         self.event = ""
         self.live = True
+        self._blind = False  # could gradients not be read?
         attached[model] = weakref.ref(self)
         if problem.structure.refused:
             log.info("%d index spaces are left alone; see report()", len(problem.structure.refused))
@@ -149,7 +150,18 @@ class Run:
         started = time.process_time()
         self.metering.enter()
         self.checkpoints.require_admitted()
-        self.intake.before_step(optimizer, returned, read=self.policy.wants(self.steps + 1).gradients)
+        wanted = self.policy.wants(self.steps + 1).gradients
+        try:
+            self.intake.before_step(optimizer, returned, read=wanted and not self._blind)
+        except (
+            Exception
+        ) as error:  # what can't be observed on this model is given up, and the training goes on
+            self._blind = True
+            warnings.warn(
+                f"controlprune: gate gradients cannot be read here ({type(error).__name__}: {error}); "
+                "from here on units are ranked without them",
+                stacklevel=4,
+            )
         self.metering.leave()
         self.overhead += time.process_time() - started
 
@@ -288,7 +300,7 @@ class Run:
     def retarget(self, budget: Budget | Price) -> None:
         """Another budget from here on."""
         problem = self.settle(budget, self.survey)
-        self.metering.retarget(budget)
+        self.metering.retarget(problem, budget)
         self.budget, self.problem = budget, problem
         self.policy.retarget(problem)
         self.event = "budget"

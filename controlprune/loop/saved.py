@@ -55,7 +55,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     require_state(state, run.problem.structure, type(run.given).__name__)
     try:
         state = copy.deepcopy(dict(state))
-        budget, survey = budget_of(state["budget"]), Survey.of(state["survey"])
+        budget, survey = budget_of(state["budget"], run.budget.own), Survey.of(state["survey"])
         problem = run.settle(budget, survey)
         policy = run.given.begin(problem)
         require_alike(policy.state_dict(), state["loop"])

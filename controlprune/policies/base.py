@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from ..allocate.limits import uniform_under
 from ..cost.measurement import Measurement
 from ..cost.problem import Problem
 
@@ -85,6 +86,10 @@ class Policy(ABC):
     @abstractmethod
     def decide(self, observation: Observation) -> Decision | None:
         """The masks from here on, or None: as they are."""
+
+    def uniform(self) -> tuple[int, ...]:
+        """The widths at the same fraction of every group that are just within the budget."""
+        return uniform_under(self.problem, self.problem.budget)
 
     def retarget(self, problem: Problem) -> None:
         """The user changed the budget during the run."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["LossTrend", "Moments", "fisher", "observe", "second_order", "start_moments", "track_loss"]
+__all__ = ["LossTrend", "Moments", "fisher", "observe", "start_moments", "track_loss"]
 
 
 MANY = 30_000
@@ -71,11 +71,6 @@ def fisher(moments: Moments, decay: float, batch: int) -> tuple[Tensor, Tensor]:
     mean, square = _corrected(moments, decay)
     variance = (square - mean * mean).clamp_min(0.0)
     return mean, batch * variance + mean * mean
-
-
-def second_order(mean: Tensor, curvature: Tensor, on: Tensor) -> Tensor:
-    """v ≈ −mean ± ½ H, plus where the unit is on."""
-    return -mean + torch.where(on, 0.5, -0.5) * curvature
 
 
 @dataclass(frozen=True)

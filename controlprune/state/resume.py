@@ -8,12 +8,11 @@ on its way.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-from ..budget import Budget, Price
+from ..budget import UNITS, Budget, Price, Resource
 from ..structure.groups import Structure
 from .checksum import checksum
 
@@ -97,11 +96,17 @@ def require_alike(blank: Any, saved: Any, where: str = "") -> None:
 
 
 def plain_budget(budget: Budget | Price) -> dict[str, Any]:
-    """As plain values."""
-    values = {field.name: getattr(budget, field.name) for field in fields(budget)}
-    return {"kind": type(budget).__name__} | {k: v for k, v in values.items() if v is not None}
+    """As plain values; of resources of the user's own, their names and limits."""
+    values = {name: getattr(budget, name, None) for name in UNITS}
+    own = {resource.name: limit for resource, limit in budget.own.items()}
+    plain = {"kind": type(budget).__name__} | {k: v for k, v in values.items() if v is not None}
+    return plain | ({"own": own} if own else {})
 
 
-def budget_of(given: Mapping[str, Any]) -> Budget | Price:
-    values = {k: v for k, v in given.items() if k != "kind"}
-    return {"Budget": Budget, "Price": Price}[given["kind"]](**values)
+def budget_of(given: Mapping[str, Any], known: Mapping[Resource, Any]) -> Budget | Price:
+    """The reverse; `known`: the resources of the user's own in the budget that is to be replaced."""
+    values = {k: v for k, v in given.items() if k not in ("kind", "own")}
+    if given["kind"] == "Price":
+        return Price(**values)
+    by_name = {resource.name: resource for resource in known}
+    return Budget(**values, own={by_name[name]: limit for name, limit in given.get("own", {}).items()})

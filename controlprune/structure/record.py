@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._decomp import decomposition_table
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,6 +82,8 @@ class Recorder(TorchDispatchMode):
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
+            from torch._decomp import decomposition_table  # takes a fifth of a second to import
+
             if (decompose := decomposition_table.get(func)) is not None:
                 with self:
                     return decompose(*args, **kwargs)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_meter import SimulatedMeter
 
 from controlprune.cost.energy import energy, power
 from controlprune.cost.energy_meter import (
     Counter,
     HardwareMeter,
     NoMeter,
-    SimulatedMeter,
     Source,
     Wattage,
     choose_meter,

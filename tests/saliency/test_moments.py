@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from controlprune.saliency.moments import LossTrend, fisher, observe, second_order, start_moments, track_loss
+from controlprune.saliency.moments import LossTrend, fisher, observe, start_moments, track_loss
 
 
 def test_moments_follow_the_recurrence():
@@ -50,11 +50,6 @@ def test_fisher_of_a_linear_least_squares_gate_is_its_curvature():
         moments = observe(moments, gradient, 0.999)
     _, curvature = fisher(moments, 0.999, batch)
     torch.testing.assert_close(curvature, a**2, rtol=0.15, atol=0.0)
-
-
-def test_second_order_changes_sign_with_the_side():
-    mean, curvature = torch.tensor([-1.0, -1.0]), torch.tensor([0.5, 0.5])
-    assert second_order(mean, curvature, torch.tensor([True, False])).tolist() == [1.25, 0.75]
 
 
 @pytest.mark.parametrize("horizon", [100, 10000])

@@ -36,7 +36,7 @@ the directly trained small net that may still move its width to where it turns o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,7 +50,6 @@ from ...control.horizon import Horizon
 from ...control.ramp import Plan
 from ...control.scale import Observer
 from ...cost.problem import Problem
-from ...price.lqr import LQR
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
 from ...saliency.network import GateController, Statistics, first_guess
@@ -76,6 +75,7 @@ class Control(Policy):
     observer: Observer = field(default_factory=Observer)  # of what is known only by measuring it
     invert: bool = True
     learned: bool = False  # the gate network over the second-order score
+    value: Callable[[Statistics], Tensor] | None = None  # of every unit, > 0; None: the second-order score
     trust: float = 0.5  # most weight that values get against the uniform allocation
     keep: Literal["norm", "value"] = "norm"  # which units of a group stay; see saliency/trust.py
     start: float | Literal["budget"] | None = None  # fraction of dense to begin at; None: dense
@@ -107,8 +107,8 @@ class Control(Policy):
             raise ValueError(f'keep={self.keep!r}: give "norm" or "value"')
         if self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: give a number >= 1")
-        if not (self.regulator == "auto" or isinstance(self.regulator, PI | LQR)):
-            raise TypeError(f'regulator={self.regulator!r}: give "auto", a PI(...) or an LQR(...)')
+        if not (self.regulator == "auto" or isinstance(self.regulator, PI)):
+            raise TypeError(f'regulator={self.regulator!r}: give "auto" or a PI(...)')
 
     def begin(self, problem: Problem) -> ControlLoop:
         if problem.totals and not self.shrink:
@@ -190,6 +190,8 @@ class ControlLoop(Policy):
         )
 
     def _values(self, known: Statistics) -> Tensor:
+        if self.control.value is not None:
+            return _checked_values(self.control.value(known), known)
         if self.gates is None:
             return first_guess(known)
         prices = self.prices.now().values()
@@ -383,3 +385,10 @@ _PLAIN = ("retargeted", "updates", "watching", "revised_at", "looks_until")
 
 def _is_fraction(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0.0 < value <= 1.0
+
+
+def _checked_values(values: Tensor, known: Statistics) -> Tensor:
+    units = len(known.mean)
+    if not isinstance(values, Tensor) or values.shape != (units,) or not bool(values.isfinite().all()):
+        raise ValueError(f"Control(value=…) gave {values!r}: give one finite number for each of {units}")
+    return values.detach().float()

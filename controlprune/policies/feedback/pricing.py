@@ -25,14 +25,12 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ...control.state import pack, unpack
-from ...price.design import Design, design, margins
 from ...price.identify import Identifier, PriceState, Response
-from ...price.lqr import LQR, LQRState
 from ...price.pi import PI, PIState
 
 __all__ = ["Prices", "Regulator"]
 
-Regulator = PI | LQR | Literal["auto"]
+Regulator = PI | Literal["auto"]
 RATE = 0.7  # of the log price per update: masks answer slower than any price can move
 TRUSTED = 3.0  # factor about the prior belief within which an identified gain is believed
 SLOWEST = 0.5  # pole: a false one is an overlarge proportional gain, K_P = K_I a / (1 − a)
@@ -47,8 +45,8 @@ class Prices:
     def __init__(self, regulator: Regulator, names: tuple[str, ...]) -> None:
         self._given = regulator
         self._identifier = Identifier(trusted=TRUSTED, slowest=SLOWEST)
-        self._regulators: dict[str, PI | LQR] = {}
-        self._states: dict[str, PIState | LQRState] = {}
+        self._regulators: dict[str, PI] = {}
+        self._states: dict[str, PIState] = {}
         self._fits: dict[str, PriceState] = {}
         self._seen: dict[str, int] = {}
         self._scale = UNKNOWN  # s
@@ -76,36 +74,35 @@ class Prices:
     def track(self, name: str, use: float, reference: float, shadow: float) -> None:
         """The solver met the reference at this shadow price."""
         applied = shadow / self._scale
-        self._states[name] = _update(self._regulators[name], self._states[name], use, reference, applied)
+        self._states[name] = self._regulators[name].update(self._states[name], use - reference, applied)
 
     def regulate(self, name: str, use: float, reference: float) -> None:
         """The price of the last call led to this use; the next one."""
-        state = _update(self._regulators[name], self._states[name], use, reference, None)
+        state = self._regulators[name].update(self._states[name], use - reference)
         self._states[name] = state
         if self._given != "auto":
             return
         self._fits[name] = self._identifier.update(self._fits[name], use - reference, state.price)
         self._seen[name] += 1
         if self._seen[name] % REDESIGN == 0:
-            self._regulators[name] = replace(self._design(name).regulator, rate=RATE)
+            from ...price.design import design  # python-control takes half a second to import
+
+            self._regulators[name] = replace(
+                design(self.response(name), delay_margin=LATE).regulator, rate=RATE
+            )
 
     def response(self, name: str) -> Response:
         """How the resource answers its log price, as identified so far."""
         return self._identifier.response(self._fits[name])
 
-    def _design(self, name: str) -> Design:
-        return design(self.response(name), delay_margin=LATE)
-
     def describe(self) -> list[str]:
         """What regulates each price, and why, for the report."""
         lines = []
         for name, regulator in self._regulators.items():
-            if not isinstance(regulator, PI):
-                gains = ", ".join(f"{k:.3g}" for k in regulator.gains)
-                lines.append(f"price of {name}: LQR, gains {gains}")
-                continue
             if self._seen[name] < REDESIGN:
                 continue
+            from ...price.design import margins
+
             response = self.response(name)
             margin = margins(response, regulator)
             lines.append(
@@ -138,13 +135,3 @@ class Prices:
             self._states[name] = unpack(self._states[name], dict(saved["state"]))
             self._fits[name] = unpack(self._fits[name], saved["fit"])
             self._seen[name] = int(saved["seen"])
-
-
-def _update(
-    regulator: PI | LQR, state: PIState | LQRState, use: float, reference: float, applied: float | None
-) -> PIState | LQRState:
-    if isinstance(regulator, LQR):
-        assert isinstance(state, LQRState)
-        return regulator.update(state, use, reference, reference, applied)
-    assert isinstance(state, PIState)
-    return regulator.update(state, use - reference, applied)

@@ -53,7 +53,7 @@ class Reference:
         self.stages, self.observer, self.problem = stages, observer, problem
         self.level = 1.0  # position of the staged reference
         self.at_budget = False  # was the budget reached before this update?
-        self._given = plan
+        self._given = plan if isinstance(plan, Plan) else plan.towards(problem.budget.values())
         self._factor = 1.0  # on the times of the plan
         self._plan: PlanState | HorizonState = plan.init()
         self._scales = {name: observer.init() for name in sorted(problem.measured)}

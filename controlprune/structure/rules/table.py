@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from ..tape.axes import Axis
 from ..tape.tape import Call, Dim, Dims, Rule, Tape
 
-__all__ = ["RULES", "fresh", "lookup", "rule", "taint"]
+__all__ = ["RULES", "fresh", "lookup", "operator_rule", "rule", "taint"]
 
 RULES: dict[str, Rule] = {}
 
@@ -28,6 +28,20 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
         return function
 
     return enter
+
+
+def operator_rule(*operators: str) -> Callable[[Rule], Rule]:
+    """For operators of the user's own (`torch.library`), by their full names such as "mylib::soft_clip".
+
+    The function gets the tape and the call, and returns one list of `Dim` per output tensor (rules of the
+    same shape are in this folder; `elementwise` is the rule of any pointwise operator).
+    """
+    for operator in operators:
+        if "::" not in operator or operator.startswith(("aten::", "prims::")):
+            raise ValueError(f"operators: {operator!r}: give the full name of your own, as in 'mylib::name'")
+        if operator in RULES:
+            raise ValueError(f"operators: {operator!r} has a rule already")
+    return rule(*operators)
 
 
 def lookup(operator: str) -> Rule | None:

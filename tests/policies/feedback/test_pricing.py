@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from controlprune.policies.feedback.pricing import Prices
-from controlprune.price.identify import Response
-from controlprune.price.lqr import lqr
 from controlprune.price.pi import PI
 
 
@@ -32,7 +30,7 @@ def test_values_that_give_no_price_leave_the_last_one(scale: float) -> None:
 
 
 def test_what_the_solver_found_is_the_price_whatever_the_feed_forward() -> None:
-    for regulator in ("auto", PI(), lqr(Response(0.3))):
+    for regulator in ("auto", PI()):
         prices = Prices(regulator, ("flops", "params"))
         prices.follow(0.05)
         prices.track("flops", 0.5, 0.5, 0.7)
