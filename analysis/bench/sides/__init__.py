@@ -1,0 +1,45 @@
+"""The sides, by name. `SIDES` are in every table; `LEVERS` are tried on a task to see whether they help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .by_hand import ByHand, Scratch, cubic, even
+from .ours import Ours
+from .side import Run, Side
+
+__all__ = ["LEVERS", "SIDES", "Run", "Side", "make"]
+
+Make = Callable[[], Side]
+
+SIDES: dict[str, Make] = {
+    "dense": Side,
+    "ours": Ours,
+    "small from scratch": Scratch,
+    "static mask": lambda: ByHand("random", even(0.0)),
+    "norm at step 0": lambda: ByHand("norm", even(0.0)),
+    "first order at 10 %": lambda: ByHand("first", even(0.1)),
+    "norm at two thirds": lambda: ByHand("norm", even(2 / 3)),
+    "cubic, global magnitude": lambda: ByHand("magnitude", cubic(0.1, 0.5), "global"),
+    "movement, 3 cuts": lambda: ByHand("movement", even(0.1, 0.2, 0.3)),
+    "Fisher, 3 cuts, uniform": lambda: ByHand("fisher", even(0.1, 0.2, 0.3)),
+    "Fisher per FLOP, 3 cuts": lambda: ByHand("fisher", even(0.1, 0.2, 0.3), "per cost"),
+}
+
+LEVERS: dict[str, Make] = {
+    "ours, by value": lambda: Ours(keep="value"),
+    "Fisher per FLOP, 1 cut": lambda: ByHand("fisher", even(0.1), "per cost"),
+    "Fisher per FLOP, 3 cuts, windows": lambda: ByHand(
+        "fisher", even(0.1, 0.2, 0.3), "per cost", window=True
+    ),
+    "Fisher per FLOP, 3 early cuts": lambda: ByHand("fisher", even(0.04, 0.07, 0.1), "per cost"),
+    "Fisher per FLOP, cubic": lambda: ByHand("fisher", cubic(0.05, 0.3), "per cost"),
+    "norm, 3 cuts, uniform": lambda: ByHand("norm", even(0.1, 0.2, 0.3)),
+}
+
+
+def make(name: str) -> Side:
+    table = SIDES | LEVERS
+    if name not in table:
+        raise ValueError(f"side {name!r}: give one of {', '.join(table)}")
+    return table[name]()

@@ -1,0 +1,48 @@
+"""A task: what is trained, on what, for how long, and the figure at the end. Frozen; everything seeded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Example", "Task", "cosine", "warmup_linear"]
+
+Example = Any  # what cp.attach takes as example_inputs: a tuple, or a dict by keyword
+Rate = Callable[[float], float]  # progress in [0, 1] -> factor on the learning rate
+
+
+@dataclass(frozen=True)
+class Task:
+    """`dense(seed)` is where a user begins: pretrained where there is something pretrained."""
+
+    name: str
+    steps: int
+    budgets: tuple[float, ...]  # FLOPs of one forward pass of the example, fractions of dense
+    dense: Callable[[int], nn.Module]
+    blank: Callable[[int], nn.Module]  # the same architecture with random weights
+    optimizer: Callable[[nn.Module], Optimizer]
+    batches: Callable[[int], Iterator[Any]]
+    loss: Callable[[nn.Module, Any], Tensor]
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    example: Callable[[int], Example]  # of so many rows
+    figure: str = "accuracy"
+    better: int = 1  # −1: the figure is a loss
+    rate: Rate = lambda _: 1.0
+    reset: bool = True  # layers initialise by fan-in: a small net from scratch is reset at its size
+    pretrained: bool = False
+    needs: str = ""  # what must be there besides the package
+
+
+def warmup_linear(warm: float = 0.1) -> Rate:
+    """Up to 1 over `warm` of the run, then straight down to 0."""
+    return lambda x: min(x / warm, (1.0 - x) / (1.0 - warm)) if warm else 1.0 - x
+
+
+def cosine(warm: float = 0.1) -> Rate:
+    """Up to 1 over `warm` of the run, then half a cosine down to 0."""
+    return lambda x: x / warm if x < warm else 0.5 * (1 + math.cos(math.pi * (x - warm) / (1 - warm)))
