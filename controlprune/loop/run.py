@@ -43,7 +43,7 @@ from .metering import AGAIN, Metering
 from .recompile import Layouts, compilations, progress
 from .replicas import Replicas, digest, is_sharded, unwrapped
 
-__all__ = ["Run", "attached", "new_history", "require_unattached"]
+__all__ = ["Run", "attached", "require_unattached"]
 
 log = logging.getLogger("controlprune")
 
@@ -83,7 +83,8 @@ class Run:
         self._compiled_before = compilations()
         self.replicas = Replicas()
         self.metering = Metering(problem, budget, instruments, gauge, self.replicas.mean_known)
-        self.history = new_history(problem)
+        structure = problem.structure
+        self.history = History(structure.names, structure.sizes, problem.budget, problem.total_steps)
         self.steps = 0
         self.intake = Intake(self.plant)
         self._strangers = Strangers(members(optimizer), [*self.plant.tensors().values()])
@@ -97,8 +98,8 @@ class Run:
         self.live = True
         self._blind = False  # could gradients not be read?
         attached[model] = weakref.ref(self)
-        if problem.structure.refused:
-            log.info("%d index spaces are left alone; see report()", len(problem.structure.refused))
+        if structure.refused:
+            log.info("%d index spaces are left alone; see report()", len(structure.refused))
         self._meet_shards()
         self._begin()
         self.replicas.watch_for_ddp(model, self.replicate)
@@ -233,12 +234,9 @@ class Run:
         decision = self.policy.decide(self.observation())
         if decision is None:
             return
+        left = self.problem.total_steps - self.steps
         layout = self.layouts.choose(
-            self.problem,
-            decision.masks,
-            compact=decision.compact,
-            held=self.widths,
-            left=self.problem.total_steps - self.steps,
+            self.problem, decision.masks, compact=decision.compact, held=self.widths, left=left
         )
         if layout is not None:
             self.relayout(decision.masks, layout)
@@ -277,8 +275,7 @@ class Run:
         plant = self.plant
         active, held = widths_of(plant.masks), self.widths
         previous = widths_of(before) if was_compact else plant.structure.sizes
-        narrower, wider = sum(held) < sum(previous), sum(held) > sum(previous)
-        kinds = [self.event, decision.event, "shrink" if narrower else "expand" if wider else ""]
+        change = "shrink" if sum(held) < sum(previous) else "expand" if sum(held) > sum(previous) else ""
         self.history.append(
             Record(
                 step=self.steps,
@@ -290,7 +287,7 @@ class Run:
                 realised=dict(self.policy.realised(active)),
                 off=tuple(int((a & ~b).sum()) for a, b in zip(before, plant.masks, strict=True)),
                 on=tuple(int((b & ~a).sum()) for a, b in zip(before, plant.masks, strict=True)),
-                event=",".join(k for k in kinds if k),
+                event=",".join(k for k in (self.event, decision.event, change) if k),
                 seconds=time.process_time() - self.began,
                 overhead_seconds=self.overhead,
             )
@@ -398,8 +395,3 @@ def _plant(
     from ..plant.sharded import ShardedPlant  # it imports a good deal of torch
 
     return ShardedPlant(model, optimizer, structure)
-
-
-def new_history(problem: Problem) -> History:
-    structure = problem.structure
-    return History(structure.names, structure.sizes, problem.budget, problem.total_steps)

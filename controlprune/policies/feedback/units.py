@@ -115,18 +115,10 @@ class UnitRecord:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.moments = Moments(**{k: _like(state["moments"][k], v) for k, v in vars(self.moments).items()})
+        self.moments = Moments(**state["moments"])
         self.scale = float(state["scale"])
-        self.movement = _like(state["movement"], self.movement)
-        self.window, self.age = _like(state["window"], self.window), _like(state["age"], self.age)
-
-
-def _like(value: Tensor, present: Tensor) -> Tensor:
-    if value.shape != present.shape or value.dtype != present.dtype:
-        raise ValueError(
-            f"a vector of {tuple(value.shape)} {value.dtype} where {tuple(present.shape)} belongs"
-        )
-    return value
+        self.movement = state["movement"]
+        self.window, self.age = state["window"], state["age"]
 
 
 def _scale(gradients: Tensor) -> float:
