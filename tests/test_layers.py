@@ -66,7 +66,7 @@ def test_there_are_no_import_cycles() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("torch.distributed", {"loop.replicas", "plant.sharded", "plant.plant"}),
+        ("torch.distributed", {"loop.replicas", "plant.sharded"}),
         ("matplotlib", {"app.plots"}),
         ("sklearn", {"app.tasks"}),
         ("datasets", {"app.tasks"}),

@@ -45,10 +45,8 @@ def group_multiples(
 ) -> tuple[int, ...]:
     """Per group, the multiple that the device of its layers runs well; 1 where none is known to matter.
 
-    Nothing is measured where processes train together: they could find different ones.
+    Not where processes train together: they could find different ones.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return (1,) * len(structure.groups)
     found = []
     for group in structure.groups:
         weight = _convolution(group, structure, tensors, timed)

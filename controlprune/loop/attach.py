@@ -31,7 +31,7 @@ from ..structure import analyse
 from ..structure.groups import Structure
 from ..structure.traced import Traced, trace
 from .controller import Controller
-from .replicas import is_sharded, unwrapped
+from .replicas import is_sharded, several, unwrapped
 from .run import Run, require_unattached
 
 __all__ = ["attach"]
@@ -84,7 +84,7 @@ def attach(
     _check_optimizer_covers(model, stepper, structure)
     if not sharded:
         require_carried(stepper, _touched(model, structure))
-    named, measures = _named(budget), round_to is None and not sharded
+    named, measures = _named(budget), round_to is None and not several()
     timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
     if timed:
         settle_heap()

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..plant.hooks import Link
 from ..state.checksum import checksum
 
-__all__ = ["Replicas", "digest", "is_sharded", "rebuild", "unwrapped"]
+__all__ = ["Replicas", "digest", "is_sharded", "rebuild", "several", "unwrapped"]
 
 WORDS = 4  # of a digest, 16 bits each: their squares are summed exactly in float64
 
@@ -57,6 +57,11 @@ def is_sharded(model: nn.Module) -> bool:
     """Has it DTensor parameters (FSDP2, tensor parallelism)? plant/sharded.py"""
     tensor = sys.modules.get("torch.distributed.tensor")  # without it there are none
     return tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
+
+
+def several() -> bool:
+    """Do processes train together here?"""
+    return dist.is_available() and dist.is_initialized()
 
 
 class Replicas:
@@ -82,7 +87,7 @@ class Replicas:
 
     def watch_for_ddp(self, model: nn.Module, met: Callable[[DistributedDataParallel], None]) -> None:
         """Call `met` with the DDP wrapper in whose forward `model` first runs."""
-        if self.alone and self._door is None and dist.is_available() and dist.is_initialized():
+        if self.alone and self._door is None and several():
             self._met = weakref.WeakMethod(met)
             self._door = model.register_forward_pre_hook(Link(self, Replicas._look))
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,6 @@ from .optimizer import Factored, check_optimizer, factored, travelling
 from .parked import check_packed, pack, unpack
 
 __all__ = ["Plant", "checked", "named_tensors", "spots_of"]
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Masks = tuple[Tensor, ...]
 
@@ -90,7 +87,7 @@ class Plant:
         return self._spots
 
     @property
-    def group(self) -> ProcessGroup | None:
+    def group(self) -> Any:
         """The processes that hold a part of the model each; None: this one holds all of it."""
         return None
 

@@ -355,6 +355,7 @@ def test_devices_measured_apart_go_by_rank_0(rank: int) -> None:
     attaching = sys.modules["controlprune.loop.attach"]
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(attaching, "group_multiples", lambda *given, timed: multiples)
+        patch.setattr(attaching, "several", lambda: False)  # they were measured before the processes met
         run = Run(rank)
         warnings.simplefilter("error")
         run.train(STEPS, each=assert_same)
