@@ -5,7 +5,7 @@ are merged two by two and the stride doubles, so a run of any length keeps an ev
 
     rows(T) ≤ capacity,   updates per row = stride = 2^⌈log2(T / capacity)⌉   (the newest row may hold fewer)
     merge(a, b):  off, on  -> a + b        (counts: nothing summed is ever lost)
-                  event    -> both kinds, each named once, "probe,shrink"
+                  event    -> both kinds, each named once, "look,shrink"
                   the rest -> b            (the later state)
 
 Resources are fractions of the dense model's use. Times are CPU seconds of this process since attach and
@@ -48,7 +48,7 @@ class Record:
     realised: Mapping[str, float]  # resource -> fraction of dense in use
     off: tuple[int, ...]  # units switched off at this update
     on: tuple[int, ...]  # units that came back at this update
-    event: str = ""  # "" or kinds such as "shrink", "expand", "probe", "finalize", comma-separated
+    event: str = ""  # "" or kinds such as "shrink", "expand", "look", "finalize", comma-separated
     seconds: float = 0.0  # process CPU time since attach
     overhead_seconds: float = 0.0  # of which spent in the controller
 

@@ -19,7 +19,7 @@ weights at the end. The trace is made before the parameters are sharded::
     …
     small = controller.finalize(into=Net())        on every rank; `Net()`: a plain dense one
 
-Known limits: no calibration and no probes (an extra forward would gather all parameters); Adafactor and
+Known limits: tensors keep their shapes (masks only), so there are no looks; Adafactor and
 LBFGS, whose state is not laid out as the parameter is, are refused; what is parked is saved per rank, and
 goes back to as many ranks.
 """

@@ -20,14 +20,17 @@ from controlprune.structure.standins import StandIn, restore, stand_in
 B, L, S, E, H = 2, 5, 6, 12, 4
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(L)
 PADDED = torch.arange(S)[None] >= torch.tensor([[S], [4]])
+SOME = (
+    torch.rand(L, S, generator=torch.Generator().manual_seed(0)).index_fill(1, torch.tensor([0]), 0.0) > 0.7
+)
 MASKS: dict[str, dict[str, Any]] = {
     "none": {},
     "causal": {"attn_mask": CAUSAL},
     "causal, hinted": {"attn_mask": CAUSAL, "is_causal": True},
     "bool": {"attn_mask": CAUSAL.isinf()},
-    "per head": {"attn_mask": torch.randn(B * H, L, S)},
+    "per head": {"attn_mask": torch.randn(B * H, L, S, generator=torch.Generator().manual_seed(0))},
     "padded": {"key_padding_mask": PADDED},
-    "both": {"key_padding_mask": PADDED, "attn_mask": torch.rand(L, S) > 0.7},
+    "both": {"key_padding_mask": PADDED, "attn_mask": SOME},
 }
 MADE: dict[str, dict[str, Any]] = {
     "batch first": {"batch_first": True},
