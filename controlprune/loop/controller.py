@@ -129,6 +129,7 @@ class Controller:
         for group, mask in zip(self.groups, self.plant.masks, strict=True):
             lines.append(f"  {group.name}: {int(mask.sum())} of {group.size} {group.kind} units active")
         lines += [f"  refused {r.name} ({r.size}): {r.reason}" for r in structure.refused]
+        lines.append(f"  traced and checked in {structure.forwards} forward passes")
         lines += [f"  {line}" for line in run.policy.describe()]
         lines.append(f"  {run.layouts}")
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {run.overhead:.2f} s CPU")

@@ -9,7 +9,8 @@ budget (p = 1), p = (1 − C(n)) / (1 − r), new widths are taken only
     at the budget, p >= 1,  or when they are 1 / (COMPILED − 2) of the way further than the last,
 
 so the budget can be reached and room for one revision is left. Widths known already, and other units
-at the same widths, are free. Masks alone change no shape.
+at the same widths, are free. Masks alone change no shape, but norms that count live units are a second form
+of the dense one (structure/standins.py): with them there is one set of widths less.
 
 That a model is compiled is told by dynamo: it has compiled frames since the run began.
 """
@@ -41,12 +42,12 @@ class Layouts:
     seen: dict[Widths, float] = field(default_factory=dict)  # widths -> progress p when they came
     compiled: bool = False
 
-    def admits(self, widths: Widths, progress: float, pays: bool = True) -> bool:
+    def admits(self, widths: Widths, progress: float, pays: bool = True, most: int = COMPILED) -> bool:
         if not self.compiled or widths in self.seen:
             return True
-        if not pays or len(self.seen) >= COMPILED:
+        if not pays or len(self.seen) >= most:
             return False
-        stride = 1.0 / (COMPILED - 2)
+        stride = 1.0 / (most - 2)
         return progress >= 1.0 - 1e-9 or progress - max(self.seen.values(), default=0.0) >= stride - 1e-9
 
     def choose(
@@ -62,7 +63,8 @@ class Layouts:
         pays = recompile_pays(
             problem, problem.fraction(resource, held), problem.fraction(resource, then), left
         )
-        if self.admits(then, progress(problem, widths_of(masks)), pays):
+        most = COMPILED - bool(problem.structure.norms)
+        if self.admits(then, progress(problem, widths_of(masks)), pays, most):
             return compact
         return False if held == problem.structure.sizes else None
 

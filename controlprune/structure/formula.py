@@ -26,6 +26,8 @@ from torch import Tensor, nn
 __all__ = ["Formula", "answer", "formula_of", "normalised", "recognised"]
 
 EPSILONS = (0.0, 0.1)  # a number of a module between them may be its eps
+WRITTEN = (1e-5, 1e-6, 1e-12, 1e-8)  # or one of these may be in its code
+FAR = 10.0  # times larger, x gives the same answer
 CLOSE = 1e-3  # of the largest entry: modules compute in float32, and near eps
 USUAL = 8  # channels tried where no parameter tells how many there are
 MEMBERS = 3  # positions in space that are tried
@@ -130,7 +132,6 @@ def _may_be_norm(module: nn.Module) -> bool:
         and next(module.buffers(), None) is None
         and len(parameters) <= 2
         and all(max(p.shape, default=1) == p.numel() for p in parameters)
-        and bool(_epsilons(module))
     )
 
 
@@ -150,24 +151,33 @@ def _likeness(module: nn.Module) -> object:
 def _fitting(module: nn.Module) -> Iterator[Formula]:
     """Formulas that the module's answers agree with, at the size of its eps and far above it."""
     names = [name for name, _ in module.named_parameters()]
-    channels = next((p.numel() for p in module.parameters()), _channels(module))
-    wholes = [g for g in vars(module).values() if type(g) is int and g > 0 and channels % g == 0]
-    for axis, groups in [(-1, 0), (1, 0), *((1, g) for g in dict.fromkeys(wholes))]:
-        shape = (2, MEMBERS, channels) if axis == -1 else (2, channels, MEMBERS, MEMBERS)
-        for eps in _epsilons(module):
+    for axis, groups, shape in _forms(module):
+        x = torch.randn(shape, dtype=torch.float64) + 0.3
+        far = _answers(module, [x, FAR * x])
+        if far is None or _gap(*far) > CLOSE:
+            continue
+        for eps in _epsilons(module) or WRITTEN:
             scale = math.sqrt(torch.finfo(torch.float64).eps if eps is None else eps)
-            inputs = [(torch.randn(shape, dtype=torch.float64) + 0.3) * s for s in (scale, 1.0)]
-            answers = _answers(module, inputs)
-            if answers is None:
-                break
+            inputs = [x, scale * x]
+            answers = _answers(module, inputs) or []
             for centred, offset, gain, bias in itertools.product(
                 (True, False), (0.0, 1.0), (None, *names), (None, *names)
             ):
                 if len({gain, bias} - {None}) != len(names) or (groups and not centred):
                     continue
                 formula = Formula(axis, groups, centred, eps, gain, bias, offset)
-                if _agrees(module, formula, inputs, answers):
-                    yield _with_dtypes(module, formula, inputs[1])
+                if answers and _agrees(module, formula, inputs, answers):
+                    yield _with_dtypes(module, formula, x)
+
+
+def _forms(module: nn.Module) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """(axis, groups, shape of x): channels last, or first before one dimension of space or two."""
+    channels = next((p.numel() for p in module.parameters()), _channels(module))
+    yield -1, 0, (2, MEMBERS, channels)
+    planes = (2, channels, MEMBERS), (2, channels, MEMBERS, MEMBERS)
+    yield from ((1, 0, shape) for shape in planes)
+    whole = {g for g in vars(module).values() if type(g) is int and g > 0 and channels % g == 0}
+    yield from ((1, g, planes[1]) for g in sorted(whole))
 
 
 def _channels(module: nn.Module) -> int:
@@ -187,11 +197,12 @@ def _answers(module: nn.Module, inputs: list[Tensor]) -> list[Tensor] | None:
 
 def _agrees(module: nn.Module, formula: Formula, inputs: list[Tensor], answers: list[Tensor]) -> bool:
     live = torch.ones(inputs[0].shape[formula.axis], dtype=torch.bool)
-    for x, y in zip(inputs, answers, strict=True):
-        mine = answer(module, formula, x, live)
-        if float((mine - y).abs().max()) > CLOSE * float(y.abs().max()):
-            return False
-    return True
+    mine = [answer(module, formula, x, live) for x in inputs]
+    return all(_gap(y, m) <= CLOSE for y, m in zip(answers, mine, strict=True))
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())
 
 
 def answer(module: nn.Module, formula: Formula, x: Tensor, live: Tensor) -> Tensor:

@@ -8,13 +8,25 @@ import torch.nn.functional as F
 from oracle import OwnNorm
 from torch import Tensor, nn
 
-from controlprune.structure.formula import Formula, answer, formula_of, recognised
+from controlprune.structure.formula import answer, formula_of, recognised
 
 
 class ChannelsFirst(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x.movedim(1, -1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.movedim(-1, 1)
+
+
+class ChannelsFirstInLine(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+
+
+class Bare(nn.Module):
+    """Nothing but its size is there to be read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Deviation(nn.Module):
@@ -26,6 +38,13 @@ class Deviation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x / (x.std(-1, keepdim=True) + self.eps)
+
+
+class Direction(nn.Module):
+    """Of no length at all, which is no mean over channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
 
 
 class Rounded(OwnNorm):
@@ -44,6 +63,8 @@ NORMS = {
     "group": (nn.GroupNorm(2, 8), (1, 2, True, 1e-5, "weight", "bias", 0.0)),
     "group of all": (nn.GroupNorm(1, 8, affine=False), (1, 1, True, 1e-5, None, None, 0.0)),
     "channels first": (ChannelsFirst(8), (1, 0, True, 1e-5, "weight", "bias", 0.0)),
+    "channels first in line": (ChannelsFirstInLine(8), (1, 0, True, 1e-5, "weight", "bias", 0.0)),
+    "eps in its code": (Bare(), (-1, 0, True, 1e-6, None, None, 0.0)),
     "gain above one": (OwnNorm(8), (-1, 0, False, 1e-6, "weight", None, 1.0)),
     "rounded inside": (Rounded(8), (-1, 0, False, 1e-6, "weight", None, 1.0)),
 }
@@ -52,14 +73,17 @@ OTHERS = {
     "batch": nn.BatchNorm1d(8),
     "deviation": Deviation(),
     "dropout": nn.Dropout(0.05),
+    "direction": Direction(),
     "slope": nn.LeakyReLU(0.01),
     "linear": nn.Linear(8, 8),
     "nothing": nn.Identity(),
 }
 
 
-def shape(formula: Formula) -> tuple[int, ...]:
-    return (2, 3, 8) if formula.axis == -1 else (2, 8, 3, 4)
+def shape(name: str) -> tuple[int, ...]:
+    if "in line" in name:
+        return 2, 8, 5
+    return (2, 3, 8) if NORMS[name][1][0] == -1 else (2, 8, 3, 4)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -68,7 +92,7 @@ def test_what_a_norm_computes_is_found_out(name: str) -> None:
     formula = recognised(module)[""]
     found = (formula.axis, formula.groups, formula.centred, formula.eps)
     assert (*found, formula.gain, formula.bias, formula.offset) == expected
-    x = torch.randn(shape(formula), dtype=torch.float64)
+    x = torch.randn(shape(name), dtype=torch.float64)
     everything = torch.ones(8, dtype=torch.bool)
     with torch.no_grad():
         module = module.double()
@@ -87,7 +111,7 @@ def test_what_is_no_such_norm_is_left_alone(name: str) -> None:
 def test_the_answer_has_the_modules_own_dtype(name: str, autocast: bool, given: torch.dtype) -> None:
     module = NORMS[name][0].float()
     formula = recognised(module)[""]
-    x = torch.randn(shape(formula)).to(given)
+    x = torch.randn(shape(name)).to(given)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         mine, its = answer(module, formula, x, torch.ones(8, dtype=torch.bool)), module(x)
     assert mine.dtype == its.dtype
@@ -99,7 +123,7 @@ def test_dormant_channels_count_for_nothing_and_get_no_gradient_but_are_normalis
     module = NORMS[name][0].double()
     formula = recognised(module)[""]
     live = torch.tensor([True, False, True, True, True, True, True, False])
-    x = torch.randn(shape(formula), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shape(name), dtype=torch.float64, requires_grad=True)
     y = answer(module, formula, x, live)
     heard = y.index_select(formula.axis, live.nonzero().flatten())
     heard.square().sum().backward()

@@ -89,6 +89,7 @@ def test_the_report_tells_the_same() -> None:
     controller = cp.attach(model, optimizer, budget=budget, example_inputs=inputs, total_steps=10)
     lines = controller.report().splitlines()
     assert any(line.strip().startswith(f"refused layer.self_attn (3): {PICKED}") for line in lines)
+    assert any(line.strip().startswith("traced and checked in ") for line in lines)
     assert any("refused layer.self_attn.out_proj (12): an input of the model" in line for line in lines)
 
 
