@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -283,6 +283,12 @@ class Controller:
         run.replicas.reshaped()
         run.close()
         return run.plant.model
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "controller: it belongs to one model and its optimizer and cannot be copied or pickled; keep its "
+            "state_dict(), or attach a new one to the copies and load it there"
+        )
 
     def _require_live(self, what: str) -> None:
         if not self._run.live:

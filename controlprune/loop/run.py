@@ -37,6 +37,7 @@ from ..state.checkpoint import Checkpoints
 from ..structure.groups import Structure, widths_of
 from . import saved
 from .cadence import Strangers
+from .ends import abandon, apply_to_all
 from .history import History, Record
 from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
@@ -76,7 +77,7 @@ class Run:
         problem = self.problem = settle(budget, survey)
         self.plant = _plant(model, optimizer, problem.structure, park_on)
         self.policy = policy.begin(problem)
-        self.checkpoints = Checkpoints(self.plant, optimizer, self.relayout)
+        self.checkpoints = Checkpoints(self.plant, optimizer, Link(self, Run.relayout))
         self._hooks = [o.register_step_pre_hook(Link(self, Run.before_step)) for o in stepped(optimizer)]
         self.followers: list[Plant] = []
         self.layouts = Layouts({problem.structure.sizes: 0.0})
@@ -97,6 +98,10 @@ class Run:
         self.event = ""
         self.live = True
         self._blind = False  # could gradients not be read?
+        self._end = weakref.finalize(
+            self, abandon, self.plant, self.followers, [*self._hooks, self._strangers, self.checkpoints]
+        )
+        self._end.atexit = False
         attached[model] = weakref.ref(self)
         if structure.refused:
             log.info("%d index spaces are left alone; see report()", len(structure.refused))
@@ -172,6 +177,7 @@ class Run:
             self._see(None, None)
         started = time.process_time()
         self.metering.enter()
+        self.plant.rest()
         full = self.intake.after_step(loss, wanted=self.policy.wants(self.steps + 1).gradients)
         self.steps += 1
         self.metering.step()
@@ -250,15 +256,15 @@ class Run:
         if not same or compact != self.plant.compact:
             shapes, held = self.shapes, self.widths
             self.checkpoints.set_aside()
-            self.plant.apply(masks, compact=compact)
-            self.checkpoints.admit()
+            try:
+                apply_to_all((self.plant, *self.followers), masks, compact=compact)
+            finally:
+                self.checkpoints.admit()
             if shapes != self.shapes:
                 self.replicas.reshaped()
             self.layouts.take(self.widths, progress(self.problem, widths_of(masks)))
             if held != self.widths:
                 self.measure()
-            for follower in self.followers:
-                follower.apply(masks, compact=compact)
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -305,6 +311,7 @@ class Run:
     def close(self, *, small: bool = False) -> None:
         """Nothing of ours is left on model and optimizer."""
         self.live = False
+        self._end.detach()
         for hook in self._hooks:
             hook.remove()
         self._strangers.remove()

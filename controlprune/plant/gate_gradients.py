@@ -6,14 +6,16 @@ For a gate `g` multiplied onto the output of unit `i`, whatever the activation, 
 
 since the columns are contracted with that output. A dormant unit's columns are zero in the masked layout,
 but its rows still compute, so their gradient arrives: it is multiplied with the parked column, added to a
-record and cleared. Between arrival and reading the user may rescale gradients (unscaling, clipping by
-norm, zero_grad); the record follows by the ratio of ‖p.grad‖ now to ‖p.grad‖ after the last arrival.
+record and left out of what goes on to `.grad`. Between arrival and reading the user may rescale gradients
+(unscaling, clipping by norm, zero_grad); the record follows by the ratio of ‖p.grad‖ now to ‖p.grad‖ after
+the last arrival.
 Where gradients are averaged over replicas, an arrival counts once they are: `Later` puts it off till then.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..structure.extents import keep, labels
+from .hooks import Link
 from .interrupts import uninterrupted
 from .layout import Spot, at, fill_zero_
 
@@ -33,7 +36,7 @@ Later: TypeAlias = Callable[[Callable[[], None]], None]
 
 
 class Watch:
-    """Gradients of the dormant columns of one parameter: read as they arrive, then cleared.
+    """Gradients of the dormant columns of one parameter: read as they arrive, and left out.
 
     `record[d][j] = Σ_{other dimensions} w ∂w` at silent position j of dimension d, for the gradients now
     in `parameter.grad` and at their scale once `settle` has run.
@@ -46,17 +49,16 @@ class Watch:
         self.silent = at(spot.cuts, "silent")
         self.record = {d: _zeros(len(index), parameter) for d, index in self.silent.items()}
         self.norm = _zeros((), parameter)
-        self.left, self.version = (
-            parameter.grad,
-            -1,
-        )  # as it was left
+        self.version = -1
+        self.awaited = False  # what arrived last is not in `.grad` yet
+        self._known: Callable[[], Tensor | None] = lambda: None  # the gradient in which they are left out
         self.handles = [
-            parameter.register_hook(lambda _: self.settle()),
-            parameter.register_post_accumulate_grad_hook(self.arrive),
+            parameter.register_hook(Link(self, Watch.arrive)),
+            parameter.register_post_accumulate_grad_hook(Link(self, Watch.landed)),
         ]
 
     def read(self, dim: int) -> Tensor:
-        self.complete()
+        self.sweep()
         self.settle()
         return self.record[dim]
 
@@ -67,39 +69,82 @@ class Watch:
         if self.pending:
             return
         if self.parameter.grad is None:
-            self.record = {d: torch.zeros_like(record) for d, record in self.record.items()}
+            self._forget()
             return
-        now, left = _norm(self.parameter.grad), self.left
-        known = now > 0
-        if left is not None and self.parameter.grad is left and left._version == self.version:
-            known = known | (self.norm == 0)  # nothing but dormant units had a gradient, and it is not zeroed
+        now = _norm(self.parameter.grad)
+        present = now > 0
+        if self._untouched():
+            present = present | (self.norm == 0)  # nothing but dormant units had a gradient
         ratio = torch.where(self.norm > 0, now / self.norm, 1.0)
-        self.record = {d: torch.where(known, record * ratio, 0.0) for d, record in self.record.items()}
+        self.record = {d: torch.where(present, record * ratio, 0.0) for d, record in self.record.items()}
         self.norm = now
 
-    def arrive(self, parameter: Tensor) -> None:
-        """A backward pass has brought a gradient."""
+    def arrive(self, gradient: Tensor) -> Tensor | None:
+        """A backward pass brings a gradient, to `.grad` or to who asked for it (`torch.autograd.grad`)."""
+        by_hand, self.awaited = self.awaited, True
+        if by_hand:
+            self._forget()
+        else:
+            self.settle()
+        if self.later is not None:
+            return None
+        self._add(gradient)
+        for d, index in self.silent.items():
+            gradient = gradient.index_fill(d, index, 0)
+        if by_hand or self.parameter.grad is None:
+            self.norm = _norm(gradient.detach())
+        return gradient
+
+    def landed(self, parameter: Tensor) -> None:
+        """It is in `.grad`."""
+        self.awaited = False
+        if self.later is None:
+            self._seen(parameter.grad)
+        else:
+            self.brought()
+
+    def brought(self) -> None:
+        """Dormant columns and all: averaged over replicas, or to the whole that this is a part of."""
         self.pending = True
         if self.later is None:
-            self.complete()
+            self.sweep()
         else:
-            self.later(self.complete)
+            self.later(self.sweep)
 
     @uninterrupted
     @torch.no_grad()
-    def complete(self) -> None:
-        """Add what has arrived for dormant columns to the record, and clear it."""
-        parameter = self.parameter
-        if not self.pending or parameter.grad is None:
+    def sweep(self) -> None:
+        """What `.grad` holds for dormant columns is read and cleared: an average, or put there by hand."""
+        gradient = self.parameter.grad
+        if gradient is None or (self._known() is gradient and not self.pending):
             return
+        if not self.pending:
+            self.settle()
         self.pending = False
+        self._add(gradient)
+        fill_zero_(gradient, self.silent)
+        self._seen(gradient)
+
+    @torch.no_grad()
+    def _add(self, gradient: Tensor) -> None:
         for d, index in self.silent.items():
             others = {k: silent for k, silent in self.silent.items() if k != d}
             column = fill_zero_(self.home.index_select(d, index), others)
-            self.record[d] = self.record[d] + inner(column, parameter.grad.index_select(d, index), d)
-        fill_zero_(parameter.grad, self.silent)
-        self.norm = _norm(parameter.grad)
-        self.left, self.version = parameter.grad, parameter.grad._version
+            self.record[d] = self.record[d] + inner(column, gradient.index_select(d, index), d)
+
+    def _seen(self, gradient: Tensor | None) -> None:
+        assert gradient is not None
+        self.norm, self._known = _norm(gradient.detach()), weakref.ref(gradient)
+        self.version = gradient._version
+
+    def _untouched(self) -> bool:
+        """Is the gradient as it was left?"""
+        gradient = self.parameter.grad
+        return gradient is not None and self._known() is gradient and gradient._version == self.version
+
+    def _forget(self) -> None:
+        self.record = {d: torch.zeros_like(record) for d, record in self.record.items()}
+        self.norm = torch.zeros_like(self.norm)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,9 @@ class Joint:
         groups = {id(group): group for o in self.members for group in o.param_groups}
         return list(groups.values())
 
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> Handles:
+        return Handles([o.register_step_pre_hook(hook) for o in self.members])
+
     def register_step_post_hook(self, hook: Callable[..., None]) -> Handles:
         return Handles([o.register_step_post_hook(hook) for o in self.members])
 

@@ -27,8 +27,9 @@ layout (dense shapes)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ from ..structure.extents import Extent, keep, size
 __all__ = [
     "Cut",
     "Cuts",
+    "Index",
     "Spot",
     "Switch",
     "along",
     "at",
     "cuts_of",
     "fill_zero_",
+    "follow",
     "move",
     "put_",
     "resting_rows",
@@ -174,27 +177,82 @@ def move(
     state: Mapping[str, tuple[int, ...]],
     cuts: Cuts,
     switch: Switch,
+    undo: ExitStack,
 ) -> None:
     """Take `tensor`, its gradient and its optimizer state from `spot.cuts` to `cuts`.
 
-    `state`: which state tensors travel, along which dimensions.
+    `state`: which state tensors travel, along which dimensions. Everything is worked out before anything is
+    changed, and `undo` told how to change it back.
     """
-    homes = {}
-    for key, dims in state.items():
-        assert optimizer is not None
-        entries = optimizer.state[tensor]
-        value = entries[key].clone() if _shared(entries[key], tensor) else entries[key]
-        entries[key], homes[key] = _moved_state(spot, key, dims, value, cuts, switch)
-    grad, tensor.grad = tensor.grad, None
-    if grad is not None:
-        grad = _moved_grad(spot, grad, cuts, switch)
+    entries: dict[str, Any] = {} if optimizer is None or not state else optimizer.state[tensor]
     kept: Part = "dormant" if spot.is_parameter else "silent"
-    full = _whole(tensor, spot.home, spot.cuts, switch, kept)
-    live, spot.home = _laid_out(full, cuts, switch, kept, "silent")
-    if live is not tensor:
-        set_data(tensor, live)
+    own = {key: x.clone() if _shared(x, tensor) else x for key, x in entries.items() if key in state}
+    moved = {key: _moved_state(spot, key, dims, own[key], cuts, switch) for key, dims in state.items()}
+    grad = None if tensor.grad is None else _moved_grad(spot, tensor.grad, cuts, switch)
+    live = tensor.detach()
+    laid = _laid_out(live, spot.home, spot.cuts, cuts, switch, kept, "silent")
+    undo.callback(_put_back, spot, tensor, entries, _Before.of(spot, tensor, {k: entries[k] for k in state}))
+    for one in (laid, *moved.values()):
+        undo.callback(one.unwrite)
+        one.write()
+    entries.update({key: one.live for key, one in moved.items()})
+    tensor.grad = None
+    if laid.live is not live:
+        set_data(tensor, laid.live)
     tensor.grad = grad
-    spot.cuts, spot.state_home = cuts, {key: home for key, home in homes.items() if home is not None}
+    spot.cuts, spot.home = cuts, laid.home
+    spot.state_home = {key: one.home for key, one in moved.items() if one.home is not None}
+    if grad is not None and not switch.then:
+        _rest(grad, at(cuts, "dormant"), undo)
+
+
+def _rest(grad: Tensor, dormant: Index, undo: ExitStack) -> None:
+    """Gradients of dormant entries are dropped, in place."""
+    if grad.layout == torch.sparse_coo:
+        grad = grad._values()
+    for dim, index in dormant.items():
+        undo.callback(grad.index_copy_, dim, index, grad.index_select(dim, index))
+        grad.index_fill_(dim, index, 0)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What `move` puts elsewhere, as it was."""
+
+    data: Tensor
+    grad: Tensor | None
+    cuts: Cuts
+    home: Tensor | None
+    state_home: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, spot: Spot, tensor: Tensor, state: dict[str, Tensor]) -> _Before:
+        return cls(tensor.data, tensor.grad, spot.cuts, spot.home, spot.state_home, state)
+
+
+def _put_back(spot: Spot, tensor: Tensor, entries: dict[str, Any], before: _Before) -> None:
+    tensor.grad = None
+    set_data(tensor, before.data)
+    tensor.grad = before.grad
+    entries.update(before.state)
+    spot.cuts, spot.home, spot.state_home = before.cuts, before.home, before.state_home
+
+
+def follow(
+    spot: Spot,
+    live: Tensor,
+    masks: Sequence[Tensor],
+    park_on: torch.device | None,
+    known: dict[CutKey, Cut | None],
+) -> bool:
+    """Where the live tensor went to another number type or device, what is parked goes too; did it?"""
+    assert spot.home is not None
+    if (spot.home.dtype, next(iter(spot.cuts.values())).live.device) == (live.dtype, live.device):
+        return False
+    spot.cuts = cuts_of(spot, masks, live.device, known)
+    spot.home = spot.home.to(park_on or live.device, live.dtype)
+    return True
 
 
 def resting_rows(spot: Spot) -> dict[int, tuple[Tensor, Tensor]]:
@@ -221,29 +279,63 @@ def along(cuts: Cuts, dims: Iterable[int]) -> dict[int, Cut]:
 
 def _shared(state: Tensor, tensor: Tensor) -> bool:
     """Does an optimizer keep the parameter's own memory? (SAM hands its saved weights back so.)"""
+    if state.layout != torch.strided:
+        return False
     return state.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() != 0
 
 
-def _whole(live: Tensor, home: Tensor | None, cuts: Cuts, switch: Switch, kept: Part) -> Tensor:
-    """The dense tensor with every entry its true value; `live` itself where it is dense already."""
-    if not cuts or home is None:
-        return live
-    if switch.now:
-        return put_(home.to(live.device), at(cuts, "live"), live)
-    return restore_(live, home, at(cuts, kept))
+@dataclass(frozen=True)
+class _Laid:
+    """A tensor in its new layout, and the home of what is dormant (if anything is).
+
+    Where it stays dense, `live` is the tensor there was, and changes in place when it is written: parked
+    entries return, those that nothing reads become zero.
+    """
+
+    live: Tensor
+    home: Tensor | None
+    pieces: tuple[tuple[int, Tensor, Tensor], ...] = ()  # dimension, positions, what returns there
+    zero: Index = field(default_factory=dict)
+    zero_before: Index = field(default_factory=dict)
+
+    def write(self) -> None:
+        for dim, index, values in self.pieces:
+            self.live.index_copy_(dim, index, values)
+        fill_zero_(self.live, self.zero)
+
+    def unwrite(self) -> None:
+        """However much was written: the home has the true values."""
+        if self.home is not None and self.zero:
+            restore_(self.live, self.home, self.zero)
+        fill_zero_(self.live, self.zero_before)
 
 
 def _laid_out(
-    full: Tensor, cuts: Cuts, switch: Switch, kept: Part, zero: Part
-) -> tuple[Tensor, Tensor | None]:
-    """The live tensor, and the home of what is dormant (if anything is)."""
-    if switch.then and cuts:
-        home = full.detach()
-        return select(home, at(cuts, "live")), home if switch.park_on is None else home.to(switch.park_on)
-    if not at(cuts, kept):
-        return full, None
-    home = full.detach().clone()
-    return fill_zero_(full, at(cuts, zero)), home
+    live: Tensor, home: Tensor | None, cuts: Cuts, then: Cuts, switch: Switch, kept: Part, zero: Part
+) -> _Laid:
+    """`live` from `cuts` to the cuts `then`; of the old home only stale entries are written."""
+    compact, cut = switch.now and home is not None, bool(cuts) and home is not None
+    true = live if not cut or home is None else _whole(live, home.to(live), cuts, switch.now, kept)
+    if switch.then and then:
+        small = select(true, at(then, "live"))
+        return _Laid(small, true if switch.park_on is None else true.to(switch.park_on))
+    parks = bool(at(then, kept))
+    if compact:
+        return _Laid(fill_zero_(true.clone(), at(then, zero)) if parks else true, true if parks else None)
+    returned = {d: (index, true.index_select(d, index)) for d, index in at(cuts, kept).items()} if cut else {}
+    pieces = tuple((d, *piece) for d, piece in returned.items())
+    parked = (true if cut else true.clone()) if parks else None
+    return _Laid(live, parked, pieces, at(then, zero) if parks else {}, at(cuts, zero) if cut else {})
+
+
+def _whole(live: Tensor, home: Tensor, cuts: Cuts, compact: bool, kept: Part) -> Tensor:
+    """`home` with every entry its true value: those of `live` that are true are written over stale ones."""
+    if compact:
+        return put_(home, at(cuts, "live"), live)
+    true = {
+        d: cut.live if kept == "dormant" else torch.cat([cut.live, cut.computing]) for d, cut in cuts.items()
+    }
+    return put_(home, true, select(live, true))
 
 
 def _moved_state(
@@ -253,7 +345,8 @@ def _moved_state(
     live: Tensor,
     cuts: Cuts,
     switch: Switch,
-) -> tuple[Tensor, Tensor | None]:
+) -> _Laid:
+    live = live.to_dense() if live.layout != torch.strided else live  # momentum of sparse gradients
     home = spot.state_home.get(key)
     if home is not None:  # its dense shape tells without doubt
         dims = tuple(d for d, n in enumerate(home.shape) if n == spot.shape[d])
@@ -262,17 +355,25 @@ def _moved_state(
         home = _zeros(live, spot, old)
     if home is None and not switch.now:  # likewise; weight decay may have left something
         fill_zero_(live, at(old, "dormant"))
-    full = _whole(live, home, old, switch, "dormant")
-    return _laid_out(full, new, switch, "dormant", "dormant")
+    return _laid_out(live, home, old, new, switch, "dormant", "dormant")
 
 
 def _moved_grad(spot: Spot, grad: Tensor, cuts: Cuts, switch: Switch) -> Tensor:
-    """Gradients of dormant entries do not travel: zero where a unit returns."""
+    """In the new shape; zero where a unit returns to the tensor."""
+    if grad.layout == torch.sparse_coo:
+        return _moved_rows(spot, grad.coalesce(), cuts, switch)
     if switch.now and spot.cuts:
         grad = put_(_zeros(grad, spot, spot.cuts), at(spot.cuts, "live"), grad)
-    if switch.then and cuts:
-        return select(grad, at(cuts, "live"))
-    return fill_zero_(grad, at(cuts, "dormant"))
+    return select(grad, at(cuts, "live")) if switch.then and cuts else grad
+
+
+def _moved_rows(spot: Spot, grad: Tensor, cuts: Cuts, switch: Switch) -> Tensor:
+    """A gradient of some rows (an embedding's): units stand in its columns, or nobody knows them."""
+    if grad.sparse_dim() != 1 or 0 in cuts or 0 in spot.cuts:
+        return _moved_grad(spot, grad.to_dense(), cuts, switch).to_sparse(grad.sparse_dim())
+    values = _moved_grad(spot, grad.values(), cuts, switch)
+    shape = (len(grad), *values.shape[1:])
+    return torch.sparse_coo_tensor(grad.indices(), values, shape, is_coalesced=True, check_invariants=False)
 
 
 def _zeros(live: Tensor, spot: Spot, cuts: Cuts) -> Tensor:

@@ -7,10 +7,8 @@ its output are zero. Two layouts of the user's tensors give the same outputs and
     compact  only the live entries exist: contiguous tensors, sizes in the modules updated, no hooks
 
 and a tensor in which nothing is dormant is as its user made it. What is dormant is parked (see
-`plant/layout.py`). Between steps in the masked layout it stays at rest: gradients of dormant columns are read
-and cleared as they arrive (before the user's clipping sees them), and after `optimizer.step()` rows that
-weight decay moved are put back, columns are zeroed again. The cost of a step in the compact layout is that
-of a native model; in the masked one it is that of the dense model and of these copies.
+`plant/layout.py`), and at rest between steps (`plant/rest.py`). The cost of a step in the compact layout is
+that of a native model; in the masked one it is that of the dense model and of these copies.
 
 Known limits: BatchNorm statistics of dormant channels keep moving in the masked layout (parked in the
 compact one). Optimizers that normalise by a whole tensor (Adafactor, LAMB) see dormant zeros while
@@ -23,24 +21,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..structure.caches import drop_caches
 from ..structure.extents import groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
 from ..structure.standins import count_live
-from .gate_gradients import Gather, Later, Watch, gather, inner, per_unit, select_others
-from .interrupts import uninterrupted
-from .layout import Spot, Switch, at, cuts_of, fill_zero_, move, resting_rows
+from .gate_gradients import Gather, Later, gather, inner, per_unit, select_others
+from .hooks import Link
+from .layout import Spot, Switch, cuts_of, follow, move
 from .optimizer import Factored, check_optimizer, factored, travelling
 from .parked import check_packed, pack, unpack
+from .rest import Rest
 
 __all__ = ["Plant", "checked", "named_tensors", "spots_of"]
 
@@ -70,8 +68,7 @@ class Plant:
         self._hardened = False
         self._summed: Factored = frozenset()
         self._spots = self._laid_on()
-        self._watches: dict[str, Watch] = {}
-        self._handles: list[RemovableHandle] = []
+        self._rest: Rest | None = None
         self._seen: dict[str, Tensor] = {}
         self._gather: Gather | None = None
         self._later: Later | None = None
@@ -114,6 +111,7 @@ class Plant:
                 "this model was made small for good (harden); attach it anew to prune it further"
             )
         masks = checked(masks, self.structure)
+        self.follow_tensors()
         tensors = self.tensors()
         self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
@@ -125,21 +123,53 @@ class Plant:
         switch = Switch(self.compact, compact, self.park_on)
         if not changed and switch.now == switch.then:
             return
-        self._unhook()
         known: dict = {}
-        with torch.no_grad():
+        with ExitStack() as undo, torch.no_grad():
+            undo.callback(self._set, self.masks, self.compact, tensors)
+            self._unhook()
             for spot in (s for s in self._spots if s.groups & changed):
                 tensor = tensors[spot.name]
                 cuts = cuts_of(spot, masks, tensor.device, known)
-                move(spot, tensor, self.optimizer, states[spot.name], cuts, switch)
-        if changed and (compact or self.compact):
-            widths = widths_of(masks) if compact else self.structure.sizes
-            set_sizes(self.model, self.structure, widths)
-        if changed:
-            count_live(self.model, self.structure.norms, None if compact else masks)
-            drop_caches(self.model)
+                move(spot, tensor, self.optimizer, states[spot.name], cuts, switch, undo)
+            if changed and (compact or self.compact):
+                undo.callback(
+                    set_sizes, self.model, self.structure, widths_of(self.masks) if self.compact else None
+                )
+                widths = widths_of(masks) if compact else self.structure.sizes
+                set_sizes(self.model, self.structure, widths)
+            if changed:
+                undo.callback(count_live, self.model, self.structure.norms, self._heard)
+                count_live(self.model, self.structure.norms, None if compact else masks)
+                drop_caches(self.model)
+            self._set(masks, compact, tensors)
+            undo.pop_all()
+
+    def _set(self, masks: Masks, compact: bool, tensors: Mapping[str, Tensor]) -> None:
         self.masks, self.compact = masks, compact
+        self._unhook()
         self._hook(tensors)
+
+    @property
+    def _heard(self) -> Masks | None:
+        """What norms take their statistics over; None: all that they get."""
+        return None if self.compact else self.masks
+
+    def follow_tensors(self) -> None:
+        """What is parked goes where the user took the model: to another number type or device."""
+        tensors = self.tensors()
+        known: dict = {}
+        moved = False
+        for spot in (s for s in self._spots if s.home is not None and s.name in tensors):
+            moved |= follow(
+                spot, tensors[spot.name], self.masks, self.park_on if self.compact else None, known
+            )
+        if moved:
+            self._set(self.masks, self.compact, tensors)
+
+    def rest(self) -> None:
+        """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""
+        if self._rest is not None:
+            self._rest.again()
 
     @property
     def spots(self) -> tuple[Spot, ...]:
@@ -188,7 +218,7 @@ class Plant:
             return None if tensor.grad is None or not heard(spot) else inner(tensor, tensor.grad, dim)
 
         def parked(spot: Spot, dim: int) -> Tensor | None:
-            watch = self._watches.get(spot.name)
+            watch = None if self._rest is None else self._rest.watches.get(spot.name)
             return None if watch is None or not heard(spot) else watch.read(dim)
 
         with torch.no_grad():
@@ -315,32 +345,14 @@ class Plant:
     def _hook(self, tensors: Mapping[str, Tensor]) -> None:
         """Keep what is dormant at rest from here on (masked layout only)."""
         resting = [] if self.compact else [s for s in self._spots if s.is_parameter and s.cuts]
-        if not resting:
-            return
-        for spot in resting:
-            parameter = tensors[spot.name]
-            if parameter.requires_grad and at(spot.cuts, "silent"):
-                self._watches[spot.name] = Watch(spot, parameter, self._later)
-        if self.optimizer is not None:
-            places = [(tensors[s.name], resting_rows(s), at(s.cuts, "silent")) for s in resting]
-
-            @uninterrupted
-            def rest(optimizer: Optimizer, args: object, kwargs: object) -> None:
-                with torch.no_grad():
-                    for parameter, rows, silent in places:
-                        for dim, (index, values) in rows.items():
-                            parameter.index_copy_(dim, index, values)
-                        fill_zero_(parameter, silent)
-
-            self._handles.append(self.optimizer.register_step_post_hook(rest))
+        if resting:
+            took = Link(self, Plant.follow_tensors)
+            self._rest = Rest(self.model, self.optimizer, resting, tensors, self._later, took)
 
     def _unhook(self) -> None:
-        for handle in (*self._handles, *(h for watch in self._watches.values() for h in watch.handles)):
-            handle.remove()
-        self._handles.clear()
-        self._watches.clear()
-        self._gather = None
-        self._seen = {}
+        if self._rest is not None:
+            self._rest.remove()
+        self._rest, self._gather, self._seen = None, None, {}
 
 
 def spots_of(structure: Structure) -> tuple[Spot, ...]:

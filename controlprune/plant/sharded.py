@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 
 from ..structure.extents import Window
 from ..structure.groups import Structure
+from .hooks import Link
 from .layout import Spot
 from .plant import Plant, named_tensors, spots_of
 
@@ -142,24 +143,26 @@ class ShardedPlant(Plant):
 
     def _hook(self, tensors: Mapping[str, Tensor]) -> None:
         super()._hook(tensors)
-        for name, watch in self._watches.items():
+        if self._rest is None:
+            return
+        for name, watch in self._rest.watches.items():
             if name in self._wholes:
-                hook = self._arrival(name, watch.arrive)
-                self._handles.append(self._wholes[name].register_post_accumulate_grad_hook(hook))
-        if self._watches:
-            self._handles.append(self.model.register_forward_pre_hook(self._settle))
+                hook = self._arrival(name, watch.brought)
+                self._rest.handles.append(self._wholes[name].register_post_accumulate_grad_hook(hook))
+        if self._rest.watches:
+            self._rest.handles.append(self.model.register_forward_pre_hook(Link(self, ShardedPlant._settle)))
 
-    def _arrival(self, name: str, arrive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def _arrival(self, name: str, brought: Callable[[], None]) -> Callable[[Tensor], None]:
         def arrived(whole: Tensor) -> None:
             self._fetch(name)
-            arrive(self._parts[name])
+            brought()
 
         return arrived
 
     def _settle(self, model: nn.Module, args: Any) -> None:
         """Before new gradients come: records at the scale that gradients have now, none if there are none."""
         self._fetch_gradients()
-        for watch in self._watches.values():
+        for watch in () if self._rest is None else self._rest.watches.values():
             watch.settle()
 
     def gathered(self, model: nn.Module) -> nn.Module:
@@ -245,6 +248,7 @@ class _LocalOptimizer:
 
     def __init__(self, optimizer: Optimizer, wholes: Mapping[Tensor, DTensor]) -> None:
         self.state = _LocalState(optimizer, wholes)
+        self.register_step_pre_hook = optimizer.register_step_pre_hook
         self.register_step_post_hook = optimizer.register_step_post_hook
 
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -166,6 +167,14 @@ def test_the_example_goes_on_with_another_number_of_ranks(tmp_path: Path) -> Non
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def default_handler() -> Iterator[None]:
+    """A shell that starts pytest in the background lets it ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Interrupt:

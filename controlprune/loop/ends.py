@@ -1,0 +1,39 @@
+"""Ends and moves of several plants at once: the model's own and those of the copies that follow it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+from torch import Tensor
+
+from ..plant.plant import Plant
+
+__all__ = ["abandon", "apply_to_all"]
+
+log = logging.getLogger("controlprune")
+
+
+class Removable(Protocol):
+    def remove(self) -> None: ...
+
+
+def apply_to_all(plants: Sequence[Plant], masks: Sequence[Tensor], *, compact: bool) -> None:
+    """All of them go to these masks, or none."""
+    with ExitStack() as undo:
+        for plant in plants:
+            undo.callback(plant.apply, plant.masks, compact=plant.compact)
+            plant.apply(masks, compact=compact)
+        undo.pop_all()
+
+
+def abandon(plant: Plant, followers: Sequence[Plant], handles: Sequence[Removable]) -> None:
+    """The controller is gone, neither finalized nor detached: the model is left as `detach` does."""
+    for handle in handles:
+        handle.remove()
+    if not all(bool(mask.all()) for mask in plant.masks):
+        log.warning("a controller was dropped without finalize() or detach(): its model is dense again")
+    for one in (plant, *followers):
+        one.release()
