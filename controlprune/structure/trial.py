@@ -39,6 +39,7 @@ MOST_NOISE = 1e-2  # of the largest output: a model that is noisier tells nothin
 QUIET = 1e-3  # vectors below it (layer scales) count as constant
 DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
 FIXED = "the model's code fixes its size"
+HINT = "; to prune it, write -1 for the size that shrinks, or a size that the module keeps, as self.head_dim"
 
 Values: TypeAlias = Mapping[str, Tensor]
 
@@ -209,8 +210,9 @@ def _told(error: Exception, model: nn.Module) -> Failure:
         path = frame.f_code.co_filename
         if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch."):
             place = f"; {path.rpartition('/')[2]}:{line}: {linecache.getline(path, line).strip()}"
-    text = str(error).strip().splitlines()
-    return Failure(f"{FIXED} ({type(error).__name__}: {text[0] if text else ''}{place})", module)
+    text = next(iter(str(error).strip().splitlines()), "")
+    hint = HINT if text.startswith("shape '") else ""
+    return Failure(f"{FIXED} ({type(error).__name__}: {text}{place}{hint})", module)
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:

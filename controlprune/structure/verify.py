@@ -58,11 +58,11 @@ def _flops(structure: Structure) -> int:
 
 
 def _by_likeness(structure: Structure, numbers: Sequence[int]) -> Families:
-    """Groups whose slices look alike but for numbers in the names."""
-    found: dict[tuple[object, ...], list[int]] = {}
+    """Groups in the same places of the same code: their slices are alike but for numbers in the names."""
+    found: dict[frozenset[object], list[int]] = {}
     for number in numbers:
-        group = structure.groups[number]
-        key = (group.size, *(("".join(c for c in s.tensor if not c.isdigit()), s.dim) for s in group.slices))
+        slices = structure.groups[number].slices
+        key = frozenset(("".join(c for c in s.tensor if not c.isdigit()), s.dim) for s in slices)
         found.setdefault(key, []).append(number)
     return list(found.values())
 

@@ -128,5 +128,6 @@ def test_the_guilty_one_is_found_by_where_the_error_was_raised() -> None:
     (refusal,) = [r for r in structure.refused if r.name == "bad.map"]
     assert "test_verify.py" in refusal.reason
     assert "return self.map(x).view(-1, 4, 7).flatten(1)" in refusal.reason
+    assert "write -1 for the size that shrinks" in refusal.reason
     seen, told = forwards(model, x)
     assert seen == told <= 50
