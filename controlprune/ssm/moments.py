@@ -9,6 +9,11 @@ averages their squares, entries taken as uncorrelated, by the squared magnitudes
 J is never formed: both are vector-Jacobian products of φ, the second one a mean over `DRAWS` of them (exact
 where J has one entry a row; else off by √(2 / DRAWS) of itself, a tenth of what Adam divides by).
 
+Both are estimates, v the worse one: nearby poles have nearly the same gradients, and squares carried as if
+they were uncorrelated come out too small, as the averages carried beside them show. So the squares of a
+tensor are raised until ‖m‖² / Σ v is what it was, and where the optimizer corrects its averages for their
+start (Adam), what was carried counts as `EVIDENCE` steps: the gradients after the cut soon overrule it.
+
 State that is neither (a step size, a Hessian, anything unknown) cannot follow. All state of that parameter
 is dropped then, the optimizer begins it anew, and the caller is told.
 """
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +33,7 @@ __all__ = ["Map", "Moments", "carried"]
 FIRST = frozenset({"exp_avg", "momentum_buffer"})  # averages of gradients
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})  # averages of their squares
 DRAWS = 64
+EVIDENCE = 5  # steps that carried averages count as; loss spikes of 3, 5, 10, 20 and all: docs/ssm.md
 
 Tensors = Mapping[str, Tensor]
 Map = Callable[[dict[str, Tensor]], Tensors]
@@ -69,7 +76,38 @@ def carried(optimizer: Optimizer, old: Tensors, new: Tensors, first: Map, second
         for name in new:
             if key in states[name]:
                 found[name][key] = moved[name].to(new[name].dtype)
+    for name, mine in found.items():
+        if {"exp_avg", "exp_avg_sq"} <= mine.keys():
+            _raise_squares(states[name], mine)
+            _count_as_few(states[name], mine, _betas(optimizer, old[name]))
     return Moments({n: s for n, s in found.items() if n not in dropped}, tuple(sorted(dropped)))
+
+
+def _raise_squares(then: Mapping[str, Tensor], now: dict[str, Tensor]) -> None:
+    """Σ v up to where ‖m‖² / Σ v is what it was."""
+    was = then["exp_avg"].square().sum() / then["exp_avg_sq"].sum()
+    factor = now["exp_avg"].square().sum() / now["exp_avg_sq"].sum() / was
+    if factor.isfinite() and factor > 1:
+        for key in now.keys() & SECOND:
+            now[key] = now[key] * factor.to(now[key].dtype)
+
+
+def _count_as_few(then: Mapping[str, Any], now: dict[str, Tensor], betas: tuple[float, float] | None) -> None:
+    """Averages over t steps, m = (1 − β^t) m̂, as those of EVIDENCE steps with the same m̂."""
+    step = then.get("step")
+    if betas is None or not isinstance(step, Tensor) or "mu_product" in then or step <= EVIDENCE:
+        return
+    for key, value in now.items():
+        beta = betas[0] if key in FIRST else betas[1]
+        now[key] = value * ((1 - beta**EVIDENCE) / (1 - beta ** float(step)))
+    now["step"] = torch.full_like(step, EVIDENCE)
+
+
+def _betas(optimizer: Optimizer, parameter: Tensor) -> tuple[float, float] | None:
+    for group in optimizer.param_groups:
+        if any(parameter is one for one in group["params"]):
+            return group.get("betas")
+    return None
 
 
 def _follows(value: object) -> bool:

@@ -52,6 +52,7 @@ class Truncation:
     states: never fewer than so many per layer; with `tolerance=0`, exactly so many at the end of the window,
         in cuts of one ratio.
     window: the share of `total_steps` in which cuts are made, `cuts` of them, the last one at its end.
+    record_every: note the values every so many steps too, for a picture; 0: at the cuts only.
     allowed: how much the validated score may fall below that before a cut; else it is rolled back.
     """
 
@@ -65,6 +66,7 @@ class Truncation:
         states: int | Mapping[str, int] = 1,
         window: float = 0.1,
         cuts: int = 5,
+        record_every: int = 0,
         allowed: float | None = None,
     ) -> None:
         self.layers = truncatable(model)
@@ -78,6 +80,7 @@ class Truncation:
             raise ValueError(f"cuts={cuts}: give 1 to {int(window * total_steps)}, the steps of the window")
         self.model, self.optimizer = model, optimizer
         self.tolerance, self.allowed = tolerance, allowed
+        self.record_every = record_every
         self.least = dict.fromkeys(self.layers, states) if isinstance(states, int) else dict(states)
         if unknown := self.least.keys() - self.layers.keys():
             raise ValueError(f"states: no state-space layer is called {sorted(unknown)[0]!r}")
@@ -91,14 +94,16 @@ class Truncation:
     def step(self) -> tuple[Cut, ...]:
         """After the optimizer's step; cuts, if this is a moment to, and says what it cut."""
         self.steps += 1
-        if self._stopped or self.steps not in self.moments:
-            return ()
-        return self.cut()
+        if self.steps in self.moments and not self._stopped:
+            return self.cut()
+        if self.record_every and self.steps % self.record_every == 0:
+            self._record(self._values())
+        return ()
 
     def cut(self) -> tuple[Cut, ...]:
         """Truncate now, whatever the schedule says."""
         try:
-            values = {name: values_of(layer) for name, layer in self.layers.items()}
+            values = self._values()
         except ValueError as error:
             self._stopped = True
             warnings.warn(f"no states are cut any more, the training goes on: {error}", stacklevel=3)
@@ -111,7 +116,7 @@ class Truncation:
             for name, states in wanted.items()
             if states
         )
-        self.history.append(Record(self.steps, values, self.states, done))
+        self._record(values, done)
         return done
 
     @property
@@ -133,12 +138,19 @@ class Truncation:
         if fell:
             self._before.restore()
             self._stopped = True
-            values = {name: values_of(layer) for name, layer in self.layers.items()}
-            self.history.append(Record(self.steps, values, self.states, (), rolled_back=True))
+            self._record(self._values(), rolled_back=True)
         else:
             self._score = score
         self._before = None
         return fell
+
+    def _values(self) -> dict[str, Array]:
+        return {name: values_of(layer) for name, layer in self.layers.items()}
+
+    def _record(
+        self, values: Mapping[str, Array], cuts: tuple[Cut, ...] = (), rolled_back: bool = False
+    ) -> None:
+        self.history.append(Record(self.steps, values, self.states, cuts, rolled_back))
 
     def _wanted(self, name: str, layer: nn.Module) -> int:
         """The number of states to cut to; 0: not now."""
