@@ -1,4 +1,8 @@
-"""The zoo as a table: `python -m tests.zoo [table or model …] [--seed 0] [--seconds 120] [--out FILE]`."""
+"""The zoo as a table: `python -m tests.zoo [table or model …] [--train] [--seed 0] [--out FILE]`.
+
+With `--train` every model goes through a whole training run under a budget (train.py), else through the
+contract of masked and shrunk outputs (check.py).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,10 @@ import torch
 
 from .check import Result, run
 from .tables import tables
+from .train import Trained, train
+
+CHECKED = f"{'model':34s} {'status':8s} groups refused  FLOPs    error    CPU s  first note"
+TRAINED = f"{'model':34s} {'status':8s} budget   used updates reloaded  CPU s  note"
 
 
 def _row(name: str, result: Result) -> str:
@@ -33,6 +41,18 @@ def _row(name: str, result: Result) -> str:
     return f"{name:34s} {result.status:8s} {counts} {gap} {result.seconds:6.1f}  {note[:150]}"
 
 
+def _trained_row(name: str, result: Trained) -> str:
+    use = f"{result.budget:6.3f} {result.used:6.3f} {result.observed:7d} {result.different:8.1e}"
+    return f"{name:34s} {result.status:8s} {use} {result.seconds:6.1f}  {result.failure[:400]}"
+
+
+def _trained_summary(results: dict[str, Trained]) -> str:
+    counts = Counter(result.status for result in results.values())
+    runs = len(results) - counts["refused"]
+    lines = [f"{runs} models trained: " + ", ".join(f"{status} {n}" for status, n in counts.most_common())]
+    return "\n".join([*lines, f"ended small and inside the budget: {counts['small'] / max(runs, 1):.1%}"])
+
+
 def _summary(results: dict[str, Result]) -> str:
     counts = Counter(result.status for result in results.values())
     total = len(results)
@@ -47,24 +67,33 @@ def _summary(results: dict[str, Result]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.zoo")
     parser.add_argument("names", nargs="*", help="tables or models; everything when empty")
+    parser.add_argument("--train", action="store_true", help="a training run under a budget for each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    results: dict[str, Result] = {}
-    print(f"{'model':34s} {'status':8s} groups refused  FLOPs    error    CPU s  first note")
-    for table, factories in tables().items():
-        for name, factory in factories.items():
-            if options.names and not {table, name} & set(options.names):
-                continue
-            results[name] = run(factory, options.seed, options.seconds)
-            print(_row(name, results[name]), flush=True)
-            if options.out:
-                rows = {n: asdict(r) | {"status": r.status} for n, r in results.items()}
-                options.out.write_text(json.dumps(rows, indent=1))
-    print(_summary(results))
+    chosen = {
+        name: factory
+        for table, factories in tables().items()
+        for name, factory in factories.items()
+        if not options.names or {table, name} & set(options.names)
+    }
+    checked: dict[str, Result] = {}
+    trained: dict[str, Trained] = {}
+    print(TRAINED if options.train else CHECKED)
+    for name, factory in chosen.items():
+        if options.train:
+            trained[name] = train(factory, options.seed, options.seconds)
+            print(_trained_row(name, trained[name]), flush=True)
+        else:
+            checked[name] = run(factory, options.seed, options.seconds)
+            print(_row(name, checked[name]), flush=True)
+        if options.out:
+            rows = {n: asdict(r) | {"status": r.status} for n, r in (trained or checked).items()}
+            options.out.write_text(json.dumps(rows, indent=1))
+    print(_trained_summary(trained) if options.train else _summary(checked))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from controlprune.structure.groups import Refusal, Structure
 
 from .parts import Factory, Inputs
 
-__all__ = ["FULL", "Result", "check", "run", "scatter"]
+__all__ = ["FULL", "Result", "check", "limited", "run", "scatter"]
 
 FULL = 0.8  # a model is fully handled when halving all its groups brings its FLOPs under this
 TOLERANCE, EXACT = 1e-4, 1e-6
@@ -269,7 +269,7 @@ def _double(leaf: Any) -> Any:
 
 
 @contextmanager
-def _limit(seconds: int) -> Iterator[None]:
+def limited(seconds: int) -> Iterator[None]:
     """Raise TimeoutError in the main thread after so many seconds of wall clock."""
 
     def ring(*_: Any) -> None:
@@ -289,7 +289,7 @@ def run(factory: Factory, seed: int = 0, seconds: int = 120) -> Result:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _limit(seconds):
+        with limited(seconds):
             torch.manual_seed(seed)
             return check(*factory(), seed=seed)
     except Exception as raised:
