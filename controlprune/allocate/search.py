@@ -166,6 +166,8 @@ def window(space: Space, at: Rungs, *, fullest: bool = False) -> Rungs:
     """
     room = _room(space)
     chosen = _marginal_groups(space, at, room)
+    if not len(chosen):  # every group is held where it is
+        return at
     bottom, top = space.bottom[chosen], space.top[chosen]
     reach = int((top - bottom).max())
     while reach > 1 and np.log(np.minimum(2.0 * reach + 1, top - bottom + 1)).sum() > np.log(room):

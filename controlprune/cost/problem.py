@@ -23,7 +23,7 @@ from .flops import flops
 from .grid import Steps
 from .polynomial import Polynomial
 
-__all__ = ["Problem", "feasible_range", "pose", "require_feasible"]
+__all__ = ["Problem", "feasible_range", "pose", "require_feasible", "require_steps"]
 
 ROOM = 0.9  # of a limit
 
@@ -89,6 +89,15 @@ def pose(
 def _read_elements(structure: Structure) -> int:
     read = {part.tensor for group in structure.groups for part in group.readers}
     return sum(int(np.prod([size(e) for e in structure.tensors[name]])) for name in read)
+
+
+def require_steps(total_steps: object) -> int:
+    """A horizon, or ValueError."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
+        )
+    return total_steps
 
 
 @dataclass(frozen=True)

@@ -63,15 +63,15 @@ class Accounts:
         if ENERGY in self.targets:
             self._read_meter()
 
-    def retarget(self, targets: Mapping[str, Target]) -> None:
-        """Other limits from here on; ValueError for time or energy that was not counted from the start."""
+    def retarget(self, targets: Mapping[str, Target], total_steps: int) -> None:
+        """Other limits and horizon from here on; ValueError for time or energy not counted from the start."""
         new = [name for name in targets if name not in self.targets and name != FLOPS]
         if new:
             raise ValueError(
                 f"budget: {', '.join(new)} must be under budget from the start; what the run has used of "
                 "it is not known"
             )
-        self.targets = dict(targets)
+        self.targets, self._steps = dict(targets), total_steps
 
     def step(self, use: float, own: float = 0.0) -> None:
         """A step is over: `use` of the dense FLOPs, `own` seconds of it in the controller."""

@@ -20,7 +20,7 @@ from ..cost.forward_time import Gauge
 from ..cost.grid import Steps, group_multiples
 from ..cost.instruments import Instruments
 from ..cost.optimizer_state import require_carried
-from ..cost.problem import Problem, pose
+from ..cost.problem import Problem, pose, require_steps
 from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
 from ..cost.uses import own_costs
 from ..plant.joint import as_one
@@ -97,7 +97,7 @@ def attach(
     bench = Bench(model, stepper, example_inputs, deploy, instruments, steps, seen)
     found = survey(named, structure, bench, multiples)
 
-    def settle(budget: Budget | Price, survey: Survey) -> Problem:
+    def settle(budget: Budget | Price, survey: Survey, total_steps: int) -> Problem:
         return pose(
             structure,
             budget,
@@ -111,7 +111,7 @@ def attach(
         )
 
     gauge = _gauge(budget, found, bench, structure.sizes)
-    run = Run(model, stepper, budget, found, settle, policy, instruments, gauge, parking)
+    run = Run(model, stepper, budget, found, settle, total_steps, policy, instruments, gauge, parking)
     if given is not model:
         run.replicate(given)
     return Controller(run)
@@ -185,10 +185,7 @@ def _check_arguments(model: object, budget: object, total_steps: object, policy:
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
     require_budget(budget)
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(
-            f"total_steps={total_steps!r}: give the number of training steps, a whole number >= 1"
-        )
+    require_steps(total_steps)
     if not callable(getattr(policy, "begin", None)):
         raise TypeError(f"policy={policy!r}: give a policy object such as controlprune.Control()")
     require_unattached(model)

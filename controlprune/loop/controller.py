@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..budget import UNITS, Budget, Price, require_budget
+from ..cost.problem import require_steps
 from ..plant.interrupts import uninterrupted
 from ..plant.plant import Plant, checked
 from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
 from ..structure.portable import misfit
+from .ending import Ending
 from .history import History
 from .run import Run
 
@@ -120,7 +122,22 @@ class Controller:
     def budget(self, budget: Budget | Price) -> None:
         self._require_live("budget")
         require_budget(budget)
-        self._run.retarget(budget)
+        self._run.retarget(budget, self.total_steps)
+
+    @property
+    def total_steps(self) -> int:
+        """The horizon, in calls of `step`. It may be set during the run: the plan is then that far along."""
+        return self._run.problem.total_steps
+
+    @total_steps.setter
+    def total_steps(self, steps: int) -> None:
+        self._require_live("total_steps")
+        require_steps(steps)
+        if steps < self.steps:
+            raise ValueError(
+                f"total_steps={steps}: {self.steps} are done already; give at least as many, or finalize()"
+            )
+        self._run.retarget(self.budget, steps)
 
     def report(self) -> str:
         """Groups, what is refused and why, and what the policy has to say."""
@@ -218,7 +235,8 @@ class Controller:
         before, was_compact = plant.masks, plant.compact
         decision = self._last_decision(before, into)
         if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
-            log.warning("finalize: the run ended above the budget; units were switched off to meet it")
+            use = [run.policy.realised(widths_of(masks)) for masks in (before, decision.masks)]
+            log.warning(Ending(self.steps, self.total_steps, run.intake.runs).message(*use))
         self._say_what_is_missed(decision)
         run.event = "finalize"
         run.write(decision, before, was_compact)

@@ -61,6 +61,7 @@ class Intake:
     def __init__(self, plant: Plant) -> None:
         self.plant = plant
         self.cadence = Cadence()
+        self.runs = 0  # of the optimizer, since attach
         self.spoilt = 0  # steps whose loss or gradients were not finite
         self.bad_in_a_row = 0
         self.fresh = False  # was the last step read a good one?
@@ -81,6 +82,7 @@ class Intake:
         """The optimizer (None: the user's own code) has its gradients; `returned`: by its closure."""
         gradients = self.plant.has_gradients
         self._ran, self._gradients, self._returned = True, self._gradients or gradients, returned
+        self.runs += 1
         self._rows.pop(optimizer, None)
         if gradients and (read or self.owed):
             self._rows[optimizer] = _unscaled(self.plant.gate_gradient(self._part(optimizer)), optimizer)

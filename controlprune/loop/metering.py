@@ -55,10 +55,10 @@ class Metering:
         self._own = Own(problem.dense, budget)
         self._work, self._whole = flops(problem.structure), problem.flops
         self._sizes = problem.structure.sizes
-        self._open = lambda budget: Accounts(
-            _run_targets(budget), problem.total_steps, 3.0 * problem.flops, instruments
+        self._open = lambda budget, total_steps: Accounts(
+            _run_targets(budget), total_steps, 3.0 * problem.flops, instruments
         )
-        self.accounts: Accounts = self._open(budget)
+        self.accounts: Accounts = self._open(budget, problem.total_steps)
         self._agree = agree
         self._clock = instruments.clock
         self._entered, self._spent = 0.0, 0.0  # seconds in the controller since the last step
@@ -126,12 +126,12 @@ class Metering:
         return [account for account in found if not math.isnan(account.spent)]
 
     def retarget(self, problem: Problem, budget: Budget | Price) -> None:
-        self.accounts.retarget(_run_targets(budget))
+        self.accounts.retarget(_run_targets(budget), problem.total_steps)
         self._own = Own(problem.dense, budget)
 
-    def restored(self, budget: Budget | Price, state: Mapping[str, Any]) -> Accounts:
+    def restored(self, budget: Budget | Price, total_steps: int, state: Mapping[str, Any]) -> Accounts:
         """Accounts as they were saved; nothing here changes until they are put in place."""
-        accounts = self._open(budget)
+        accounts = self._open(budget, total_steps)
         accounts.load_state_dict(state)
         return accounts
 

@@ -67,14 +67,15 @@ class Run:
         optimizer: Optimizer | None,
         budget: Budget | Price,
         survey: Survey,
-        settle: Callable[[Budget | Price, Survey], Problem],
+        settle: Callable[[Budget | Price, Survey, int], Problem],
+        total_steps: int,
         policy: Policy,
         instruments: Instruments,
         gauge: Gauge | None = None,
         park_on: torch.device | None = None,
     ) -> None:
         self.budget, self.survey, self.settle, self.given = budget, survey, settle, policy
-        problem = self.problem = settle(budget, survey)
+        problem = self.problem = settle(budget, survey, total_steps)
         self.plant = _plant(model, optimizer, problem.structure, park_on)
         self.policy = policy.begin(problem)
         self.checkpoints = Checkpoints(self.plant, optimizer, Link(self, Run.relayout))
@@ -300,13 +301,14 @@ class Run:
         )
         self.event = ""
 
-    def retarget(self, budget: Budget | Price) -> None:
-        """Another budget from here on."""
-        problem = self.settle(budget, self.survey)
+    def retarget(self, budget: Budget | Price, total_steps: int) -> None:
+        """Another budget or horizon from here on."""
+        problem = self.settle(budget, self.survey, total_steps)
         self.metering.retarget(problem, budget)
+        self.event = "budget" if budget is not self.budget else "horizon"
         self.budget, self.problem = budget, problem
         self.policy.retarget(problem)
-        self.event = "budget"
+        self.history.total_steps = total_steps
 
     def close(self, *, small: bool = False) -> None:
         """Nothing of ours is left on model and optimizer."""

@@ -13,6 +13,7 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from ..cost.measurement import Measurement
+from ..cost.problem import require_steps
 from ..cost.survey import Survey
 from ..state.resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
 from .history import History
@@ -56,12 +57,13 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     try:
         state = copy.deepcopy(dict(state))
         budget, survey = budget_of(state["budget"], run.budget.own), Survey.of(state["survey"])
-        problem = run.settle(budget, survey)
+        total_steps = require_steps(state["history"]["total_steps"])
+        problem = run.settle(budget, survey, total_steps)
         policy = run.given.begin(problem)
         require_alike(policy.state_dict(), state["loop"])
         policy.load_state_dict(state["loop"])
         _blank(run.history).load_state_dict(state["history"])
-        accounts = run.metering.restored(budget, state["accounts"])
+        accounts = run.metering.restored(budget, total_steps, state["accounts"])
         require_alike({"counts": [0, 0, 0]}, {"counts": state["counts"]})
         steps, measured_at, postponed = state["counts"]
         seconds, overhead = (float(x) for x in state["seconds"])

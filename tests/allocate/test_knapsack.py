@@ -227,6 +227,15 @@ def test_hundreds_of_groups() -> None:
     assert 0.365 * dense <= solution.costs[0] <= 0.37 * dense
 
 
+def test_many_groups_that_are_all_held() -> None:
+    """Nothing can move, and nothing lands: the widths are what they were."""
+    sizes = (6,) * 12
+    masks = [np.arange(6) < 3 for _ in sizes]
+    held = [np.ones(6, dtype=bool) for _ in sizes]
+    found = solve(problem(sizes, random_values(sizes, 0), 0.9, masks=masks, held=held))
+    assert found.widths == (3,) * 12
+
+
 def test_infeasible_says_what_is_feasible() -> None:
     sizes = (20, 30)
     least, dense = feasible_range((chain(sizes),), (1, 1), sizes)[0]

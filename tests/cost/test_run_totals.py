@@ -126,6 +126,6 @@ def test_what_was_spent_survives_a_restart() -> None:
 def test_time_cannot_join_late() -> None:
     book = accounts(Clock(), train_flops=Target(0.5, True))
     with pytest.raises(ValueError, match="train_time must be under budget from the start"):
-        book.retarget({"train_time": Target(0.5, True)})
+        book.retarget({"train_time": Target(0.5, True)}, 100)
     assert book.targets == {"train_flops": Target(0.5, True)}
     assert math.isfinite(book.used()["train_flops"])

@@ -10,11 +10,18 @@ from .plain_cnn import CNN
 from .plain_cnn2 import CNN2
 from .plain_vit import VIT
 
-__all__ = ["FAST", "tables"]
+__all__ = ["FAST", "TRAINED", "tables"]
 
 FAST = (  # one of each kind, for the default run
     *("vgg", "resnet_bottleneck", "densenet", "shufflenet_v1", "mobilenet_v3", "convnext", "unet"),
     *("vit", "swin", "torch_encoder", "llama", "mixtral", "gpt2", "t5", "gcn"),
+)
+
+TRAINED = (  # one of each kind that trains in a second
+    *("lenet", "vgg", "resnet_bottleneck", "shufflenet_v1", "mobilenet_v2", "efficientnet", "convnext"),
+    *("res2net", "vit", "xcit", "mixer", "levit", "coatnet", "torch_encoder", "hybridstem"),
+    *("distilbert", "albert", "fnet", "llama", "gemma2", "phi3", "gpt2", "opt", "bloom"),
+    *("t5", "bart", "mamba2", "hf_levit", "hf_efficientnet", "gcn"),
 )
 
 

@@ -127,10 +127,8 @@ class ControlLoop(Policy):
 
     def __init__(self, control: Control, problem: Problem) -> None:
         self.control, self.problem = control, problem
-        self.update_every = control.update_every or min(200, max(1, problem.total_steps // 60))
-        self.observe_every = control.observe_every or observation_spacing(problem)
-        memory = min(500.0, max(20.0, 0.05 * problem.total_steps / self.observe_every))
-        self.units = UnitRecord(problem, memory, self.update_every, moves=control.learned)
+        self.units = UnitRecord(problem, moves=control.learned)
+        self._set_pace()
         self.trend = LossTrend()
         self.gates = GateController(seed=problem.seed) if control.learned else None
         self.reference = Reference(control.plan, control.stages, control.observer, problem)
@@ -141,6 +139,13 @@ class ControlLoop(Policy):
         self.watching = False  # units switched off at the last update are still in the tensors
         self.revised_at = 0  # the update of the last revision
         self.looks_until = 0  # the step that ends a look; 0: there is none
+
+    def _set_pace(self) -> None:
+        """Steps between updates and observations, and what observations reach back: by the horizon."""
+        control, steps = self.control, self.problem.total_steps
+        self.update_every = control.update_every or min(200, max(1, steps // 60))
+        self.observe_every = control.observe_every or observation_spacing(self.problem)
+        self.units.set_pace(min(500.0, max(20.0, 0.05 * steps / self.observe_every)), self.update_every)
 
     def _first(self) -> Decision | None:
         """Where to begin: nothing to do (dense), or the uniform allocation at `start`, units at random."""
@@ -280,8 +285,9 @@ class ControlLoop(Policy):
         return self.reference.realised(widths)
 
     def retarget(self, problem: Problem) -> None:
-        """Another budget from here on; what is switched or frozen may move again."""
+        """Another budget or horizon from here on; what is switched or frozen may move again."""
         self.problem = problem
+        self._set_pace()
         self.retargeted = True
         self.prices.cover(tuple(problem.costs))
         self.reference.retarget(problem)

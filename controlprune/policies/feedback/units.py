@@ -27,14 +27,14 @@ from ...structure.groups import widths_of
 
 __all__ = ["UnitRecord"]
 
+GREW = 2.0**16  # its square, and that times a batch, are far from what float32 and bfloat16 hold
 OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
 
 
 class UnitRecord:
-    """`memory`: observations that the moments reach back; `update_every`: steps; `moves`: sum movement up."""
+    """`moves`: sum movement up. How far the moments reach back is said by `set_pace`."""
 
-    def __init__(self, problem: Problem, memory: float, update_every: int, *, moves: bool = False) -> None:
-        self.decay, self.update_every = 1.0 - 1.0 / memory, update_every
+    def __init__(self, problem: Problem, *, moves: bool = False) -> None:
         self.sizes = list(problem.structure.sizes)
         units = sum(self.sizes)
         self.batch = max(1, problem.batch)  # of a mini-batch: the scale between variance and Fisher
@@ -44,15 +44,30 @@ class UnitRecord:
         self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
 
+    def set_pace(self, memory: float, update_every: int) -> None:
+        """`memory`: observations that the moments reach back; `update_every`: steps."""
+        self.decay, self.update_every = 1.0 - 1.0 / memory, update_every
+
     def observe(self, gradients: Tensor) -> None:
         """What is not finite was not seen."""
-        self.scale = self.scale or _scale(gradients)
+        self._grow_to(_scale(gradients))
         gradients = (gradients.double() / (self.scale or 1.0)).float()
         self.moments = observe(self.moments, gradients, self.decay)
         seen = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
         self.window[0] += seen**2
         if len(self.movement):
             self.movement -= seen
+
+    def _grow_to(self, scale: float) -> None:
+        """What was seen before, in the units of gradients that are `GREW` times larger."""
+        if self.scale == 0.0:
+            self.scale = scale
+        elif scale > GREW * self.scale:
+            ratio = self.scale / scale
+            first, second, count = vars(self.moments).values()
+            self.moments = Moments(first * ratio, second * ratio**2, count)
+            self.window, self.movement = self.window * ratio**2, self.movement * ratio
+            self.scale = scale
 
     def forget(self, units: Tensor) -> None:
         """These units are about to be looked at: what was seen of them is old."""
