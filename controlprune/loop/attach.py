@@ -5,6 +5,7 @@ Nothing of the model or the optimizer is changed before everything has been chec
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ from ..structure.traced import Traced, trace
 from .controller import Controller
 from .replicas import is_sharded, several, unwrapped
 from .run import Run, require_unattached
+from .telling import Progress
 
 __all__ = ["attach"]
 
@@ -51,6 +53,7 @@ def attach(
     deploy_inputs: Any = None,
     park_on: torch.device | str | None = None,
     instruments: Instruments | None = None,
+    progress: bool = False,
 ) -> Controller:
     """Trace `model`, and steer it to `budget` over the next `total_steps` calls of `step`.
 
@@ -63,9 +66,9 @@ def attach(
     `round_to`: width multiple; None: what the device was measured to run well (cost/grid.py). `park_on`: the
     device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
     None: where they are. Where latency, energy or time is under budget, the C library keeps up to 62 MiB of
-    freed memory from here on (cost/clock.py). Nothing of the model or the optimizer is changed before the
-    first decision. Errors: TypeError and ValueError name the argument; InfeasibleBudget carries the range
-    that can be reached.
+    freed memory from here on (cost/clock.py). `progress`: a line on stderr, kept up to date.
+    Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
+    ValueError name the argument; InfeasibleBudget carries the range that can be reached.
     """
     policy = Control() if policy is None else policy
     given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
@@ -114,7 +117,10 @@ def attach(
     run = Run(model, stepper, budget, found, settle, total_steps, policy, instruments, gauge, parking)
     if given is not model:
         run.replicate(given)
-    return Controller(run)
+    controller = Controller(run)
+    if progress:
+        controller.on_update(Progress(sys.stderr))
+    return controller
 
 
 def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:

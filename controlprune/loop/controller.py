@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from ..structure.portable import misfit
 from .ending import Ending
 from .history import History
 from .run import Run
+from .telling import line, numbers
 
 __all__ = ["Controller", "Cost"]
 
@@ -138,6 +139,29 @@ class Controller:
                 f"total_steps={steps}: {self.steps} are done already; give at least as many, or finalize()"
             )
         self._run.retarget(self.budget, steps)
+
+    @property
+    def live(self) -> bool:
+        """Is it at work still, neither finalized nor detached?"""
+        return self._run.live
+
+    def metrics(self) -> dict[str, float]:
+        """The last update as flat numbers, for any logger: "flops/use", "flops/price", "units/active", …"""
+        return {**numbers(self.history), "steps/skipped": float(self._run.intake.skipped)}
+
+    def on_update(self, listener: Callable[[Controller], object]) -> Callable[[], None]:
+        """Call `listener(controller)` after every update from now on; what comes back ends that."""
+
+        def told(run: Run) -> None:
+            listener(self)
+
+        self._run.listeners.append(told)
+        return lambda: self._run.listeners.remove(told)
+
+    def __repr__(self) -> str:
+        refused = len(self._run.problem.structure.refused)
+        ended = "" if self.live else "ended; "
+        return f"Controller({ended}{line(self.history)}; {len(self.groups)} groups, {refused} refused)"
 
     def report(self) -> str:
         """Groups, what is refused and why, and what the policy has to say."""

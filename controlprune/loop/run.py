@@ -10,7 +10,6 @@ that every rank decides alike. Nothing here runs the user's model: what is obser
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 import warnings
@@ -43,10 +42,9 @@ from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
 from .recompile import Layouts, compilations, progress
 from .replicas import Replicas, digest, is_sharded, unwrapped
+from .telling import News, tell_attached
 
 __all__ = ["Run", "attached", "require_unattached"]
-
-log = logging.getLogger("controlprune")
 
 attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Run]] = weakref.WeakKeyDictionary()
 
@@ -98,14 +96,14 @@ class Run:
         self.began = time.process_time()
         self.event = ""
         self.live = True
+        self.listeners: list[Callable[[Any], object]] = [News()]  # told of every update
         self._blind = False  # could gradients not be read?
         self._end = weakref.finalize(
             self, abandon, self.plant, self.followers, [*self._hooks, self._strangers, self.checkpoints]
         )
         self._end.atexit = False
         attached[model] = weakref.ref(self)
-        if structure.refused:
-            log.info("%d index spaces are left alone; see report()", len(structure.refused))
+        tell_attached(problem)
         self._meet_shards()
         self._begin()
         self.replicas.watch_for_ddp(model, self.replicate)
@@ -300,6 +298,8 @@ class Run:
             )
         )
         self.event = ""
+        for listener in list(self.listeners):
+            listener(self)
 
     def retarget(self, budget: Budget | Price, total_steps: int) -> None:
         """Another budget or horizon from here on."""
