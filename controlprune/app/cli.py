@@ -86,9 +86,21 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="a run's record as text and picture")
     report.set_defaults(command=_report)
     report.add_argument(
-        "file", type=Path, metavar="FILE.jsonl", help="a history, as written by demo and train"
+        "files", type=Path, nargs="*", metavar="FILE.jsonl", help="a history, as written by demo and train"
     )
-    report.add_argument("--out", type=Path, help="the picture (default: beside the file, as .png)")
+    report.add_argument(
+        "-o", "--out", type=Path,
+        help="the picture (default: beside the file, as .png), or an interactive page if it ends in .html",
+    )  # fmt: skip
+    report.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="FILE.jsonl", help="more runs, on one page"
+    )
+    report.add_argument(
+        "--watts", type=float, help="power of this machine, for energy and carbon on the page"
+    )
+    report.add_argument(
+        "--carbon", type=float, default=400.0, help="grams of CO2 per kWh (default: %(default)s)"
+    )
     return parser
 
 
@@ -155,15 +167,52 @@ def _build(name: str) -> nn.Module:
 
 
 def _report(options: argparse.Namespace) -> None:
+    files: list[Path] = [*options.files, *options.compare]
+    if not files:
+        raise UserError("report: give a history, FILE.jsonl, or two after --compare")
+    histories = {_short(file, files): _history(file) for file in files}
+    for name, history in histories.items():
+        print((f"{name}\n\n" if len(files) > 1 else "") + summary(history) + "\n")
+    out: Path | None = options.out
+    if len(files) > 1 and out is None:
+        out = Path("report.html")
+    if out is not None and out.suffix == ".html":
+        _page(histories, out, options)
+    elif len(files) > 1:
+        raise UserError(f"--out {out}: several runs are drawn as a page; give a name that ends in .html")
+    elif len(histories[_short(files[0], files)]):
+        out = out if out is not None else files[0].with_suffix(".png")
+        plot(histories[_short(files[0], files)], out)
+        print(f"picture   {out}")
+
+
+def _history(file: Path) -> History:
     try:
-        history = History.read(options.file)
+        return History.read(file)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot read {options.file}: {error}") from error
-    print(summary(history))
-    if len(history):
-        out = options.out if options.out is not None else options.file.with_suffix(".png")
-        plot(history, out)
-        print(f"\npicture   {out}")
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def _short(file: Path, files: Sequence[Path]) -> str:
+    """The file's name, its folder's where two are called alike, or all of it."""
+    for name in (lambda f: f.stem, lambda f: f"{f.parent.name}/{f.stem}"):
+        if len({name(other) for other in files}) == len(files):
+            return name(file)
+    return str(file)
+
+
+def _page(histories: dict[str, History], out: Path, options: argparse.Namespace) -> None:
+    from .page import Assumed, write_page
+
+    try:
+        write_page(histories, out, Assumed(options.watts, options.carbon))
+    except ImportError as error:
+        raise UserError(
+            'the page needs plotly: pip install plotly (from a checkout: pip install -e ".[report]")'
+        ) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"page      {out}")
 
 
 def _fraction(text: str) -> float:

@@ -103,10 +103,11 @@ def summary(history: History) -> str:
         [name, str(size), str(active), _percent(active / size), str(back)]
         for name, size, active, back in zip(history.names, history.sizes, last.active, came_back, strict=True)
     ]
-    share = f" ({last.overhead_seconds / last.seconds:.1%})" if last.seconds > 0 else ""
     moved = f"{off} units switched off, {on} back on, {shrinks} shrinks"
-    controller = f"of which the controller {last.overhead_seconds:.1f} s{share}"
-    cost = f"{last.seconds:.1f} s CPU in this process, {controller}"
+    cost = (
+        f"controller {last.overhead_seconds:.1f} s CPU; this process {last.seconds:.1f} s CPU since attach, "
+        "other work included"
+    )
     return "\n\n".join(
         [
             f"step {last.step} of {history.total_steps}, loss {last.loss:.4g}; {moved}; {cost}",

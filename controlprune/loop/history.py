@@ -28,9 +28,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..cost.problem import Problem
 from ..state.files import replacing
 
-__all__ = ["History", "Record", "merge"]
+__all__ = ["History", "Record", "history_of", "merge"]
 
 FORMAT = 1
 
@@ -74,6 +75,7 @@ class History:
         budget: Mapping[str, float],
         total_steps: int,
         capacity: int = 4096,
+        refused: Sequence[tuple[str, int, str]] = (),  # what is left alone: name, units, reason
     ) -> None:
         if len(names) != len(sizes):
             raise ValueError(f"names and sizes: one entry per group, got {len(names)} and {len(sizes)}")
@@ -84,6 +86,7 @@ class History:
         self.budget = dict(budget)
         self.total_steps = int(total_steps)
         self.capacity = capacity
+        self.refused = tuple(refused)
         self.stride = 1  # updates per row
         self._rows: list[Record] = []
         self._filled = 0  # updates in the newest row
@@ -192,6 +195,7 @@ class History:
             "sizes": list(self.sizes),
             "budget": self.budget,
             "total_steps": self.total_steps,
+            "refused": [list(entry) for entry in self.refused],
             "stride": self.stride,
             "filled": self._filled,
         }
@@ -201,6 +205,7 @@ class History:
         for record in records:
             self._check(record)
         self.budget, self.total_steps = dict(header["budget"]), int(header["total_steps"])
+        self.refused = tuple((str(a), int(b), str(c)) for a, b, c in header.get("refused", ()))
         self.stride = int(header["stride"])
         # A stream's header is older than its rows, whose stride stays 1: each row is then full.
         self._filled = int(header["filled"]) if header["filled"] else self.stride
@@ -223,6 +228,13 @@ class History:
         for name in ("active", "widths", "off", "on"):
             if (entries := len(getattr(record, name))) != len(self.names):
                 raise ValueError(f"record.{name} has {entries} entries, groups are {len(self.names)}")
+
+
+def history_of(problem: Problem) -> History:
+    """An empty one for this problem."""
+    structure = problem.structure
+    refused = [(r.name, r.size, r.reason) for r in structure.refused]
+    return History(structure.names, structure.sizes, problem.budget, problem.total_steps, refused=refused)
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from ..structure.groups import Structure, widths_of
 from . import saved
 from .cadence import Strangers
 from .ends import abandon, apply_to_all
-from .history import History, Record
+from .history import Record, history_of
 from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
 from .recompile import Layouts, compilations, progress
@@ -83,8 +83,7 @@ class Run:
         self._compiled_before = compilations()
         self.replicas = Replicas()
         self.metering = Metering(problem, budget, instruments, gauge, self.replicas.mean_known)
-        structure = problem.structure
-        self.history = History(structure.names, structure.sizes, problem.budget, problem.total_steps)
+        self.history = history_of(problem)
         self.steps = 0
         self.intake = Intake(self.plant)
         self._strangers = Strangers(members(optimizer), [*self.plant.tensors().values()])
