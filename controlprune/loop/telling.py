@@ -97,7 +97,8 @@ def _saved(row: Record, sizes: Sequence[int]) -> float:
 class Told(Protocol):
     """What listeners are given: a controller."""
 
-    history: History
+    @property
+    def history(self) -> History: ...
 
 
 @dataclass
