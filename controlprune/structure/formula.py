@@ -4,6 +4,8 @@
     v  = mean (x - mu)^2         over the members of each group and over space (GroupNorm)
     y  = (x - mu) / sqrt(v + eps) * (offset + w) + b
 
+and where a gate z is given, x silu(z) for x, or y silu(z) for y (the norms of Mamba).
+
 A module is taken for a norm by what it answers to random numbers with random parameters, on a copy of it,
 never by its name: torch's own, those of transformers and a user's alike. With units off, `normalised` takes
 the means over the live channels. A dormant one is normalised with the others' mu and v and counts for
@@ -18,9 +20,10 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["Formula", "answer", "formula_of", "normalised", "recognised"]
@@ -30,7 +33,10 @@ WRITTEN = (1e-5, 1e-6, 1e-12, 1e-8)  # or one of these may be in its code
 FAR = 10.0  # times larger, x gives the same answer
 CLOSE = 1e-3  # of the largest entry: modules compute in float32, and near eps
 USUAL = 8  # channels tried where no parameter tells how many there are
+GATES: dict[bool, tuple[Literal["", "before", "after"], ...]] = {False: ("",), True: ("before", "after")}
 MEMBERS = 3  # positions in space that are tried
+
+Inputs: TypeAlias = "tuple[Tensor, ...]"  # x, and a gate
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,23 @@ class Formula:
     gain: str | None = None  # names of the parameters w and b
     bias: str | None = None
     offset: float = 0.0
+    gate: Literal["", "before", "after"] = ""
     own_dtype: bool = True  # y has the dtype of x; else the wider one of x and w
     own_dtype_in_autocast: bool = True
 
 
-def normalised(x: Tensor, formula: Formula, live: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalised(
+    x: Tensor,
+    formula: Formula,
+    live: Tensor,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None = None,
+) -> Tensor:
     """y, with the means over the channels where `live` (bool, one per channel)."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
+    if gate is not None and formula.gate == "before":
+        wide = wide * F.silu(gate.to(wide.dtype))
     channels = [1] * x.dim()
     channels[formula.axis] = len(live)
     on = live.to(wide).view(channels)
@@ -59,6 +75,8 @@ def normalised(x: Tensor, formula: Formula, live: Tensor, gain: Tensor | None, b
         y = y * (formula.offset + gain.to(wide.dtype)).view(channels)
     if bias is not None:
         y = y + bias.to(wide.dtype).view(channels)
+    if gate is not None and formula.gate == "after":
+        y = y * F.silu(gate.to(wide.dtype))
     return y.to(_dtype(x, formula, gain))
 
 
@@ -151,23 +169,23 @@ def _likeness(module: nn.Module) -> object:
 def _fitting(module: nn.Module) -> Iterator[Formula]:
     """Formulas that the module's answers agree with, at the size of its eps and far above it."""
     names = [name for name, _ in module.named_parameters()]
-    for axis, groups, shape in _forms(module):
-        x = torch.randn(shape, dtype=torch.float64) + 0.3
-        far = _answers(module, [x, FAR * x])
+    for (axis, groups, shape), gated in itertools.product(_forms(module), (True, False)):
+        x, *gate = (torch.randn(shape, dtype=torch.float64) + 0.3 for _ in range(1 + gated))
+        far = _answers(module, [(x, *gate), (FAR * x, *gate)])
         if far is None or _gap(*far) > CLOSE:
             continue
         for eps in _epsilons(module) or WRITTEN:
             scale = math.sqrt(torch.finfo(torch.float64).eps if eps is None else eps)
-            inputs = [x, scale * x]
+            inputs = [(x, *gate), (scale * x, *gate)]
             answers = _answers(module, inputs) or []
-            for centred, offset, gain, bias in itertools.product(
-                (True, False), (0.0, 1.0), (None, *names), (None, *names)
+            for centred, offset, gain, bias, when in itertools.product(
+                (True, False), (0.0, 1.0), (None, *names), (None, *names), GATES[gated]
             ):
                 if len({gain, bias} - {None}) != len(names) or (groups and not centred):
                     continue
-                formula = Formula(axis, groups, centred, eps, gain, bias, offset)
+                formula = Formula(axis, groups, centred, eps, gain, bias, offset, when)
                 if answers and _agrees(module, formula, inputs, answers):
-                    yield _with_dtypes(module, formula, x)
+                    yield _with_dtypes(module, formula, inputs[0])
 
 
 def _forms(module: nn.Module) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -185,19 +203,20 @@ def _channels(module: nn.Module) -> int:
     return shape[-1] if isinstance(shape, (tuple, list)) else shape
 
 
-def _answers(module: nn.Module, inputs: list[Tensor]) -> list[Tensor] | None:
+def _answers(module: nn.Module, inputs: list[Inputs]) -> list[Tensor] | None:
     """None where the module does not take such inputs, or changes their shape."""
     try:
-        answers = [module(x) for x in inputs]
+        answers = [module(*given) for given in inputs]
     except Exception:
         return None
-    fits = all(isinstance(y, Tensor) and y.shape == x.shape for x, y in zip(inputs, answers, strict=True))
+    shape = inputs[0][0].shape
+    fits = all(isinstance(y, Tensor) and y.shape == shape for y in answers)
     return answers if fits else None
 
 
-def _agrees(module: nn.Module, formula: Formula, inputs: list[Tensor], answers: list[Tensor]) -> bool:
-    live = torch.ones(inputs[0].shape[formula.axis], dtype=torch.bool)
-    mine = [answer(module, formula, x, live) for x in inputs]
+def _agrees(module: nn.Module, formula: Formula, inputs: list[Inputs], answers: list[Tensor]) -> bool:
+    live = torch.ones(inputs[0][0].shape[formula.axis], dtype=torch.bool)
+    mine = [answer(module, formula, x, live, *gate) for x, *gate in inputs]
     return all(_gap(y, m) <= CLOSE for y, m in zip(answers, mine, strict=True))
 
 
@@ -205,19 +224,21 @@ def _gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max())
 
 
-def answer(module: nn.Module, formula: Formula, x: Tensor, live: Tensor) -> Tensor:
-    """The module's answer to x, with statistics over the live channels."""
+def answer(
+    module: nn.Module, formula: Formula, x: Tensor, live: Tensor, gate: Tensor | None = None
+) -> Tensor:
+    """The module's answer to x (and a gate), with statistics over the live channels."""
     gain, bias = (None if n is None else getattr(module, n).flatten() for n in (formula.gain, formula.bias))
-    return normalised(x, formula, live, gain, bias)
+    return normalised(x, formula, live, gain, bias, gate)
 
 
-def _with_dtypes(module: nn.Module, formula: Formula, x: Tensor) -> Formula:
+def _with_dtypes(module: nn.Module, formula: Formula, given: Inputs) -> Formula:
     """Asked with 16 bits and parameters of 32: does the answer have 16?"""
-    module, x = copy.deepcopy(module).float(), x.bfloat16()
+    module, given = copy.deepcopy(module).float(), tuple(x.bfloat16() for x in given)
 
     def own(call: Callable[..., Any]) -> bool:
         try:
-            return call(x).dtype == x.dtype
+            return call(*given).dtype == given[0].dtype
         except Exception:
             return True
 

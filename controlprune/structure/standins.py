@@ -42,8 +42,8 @@ class CountsLive(StandIn):
     _formula: Any
     _live: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
-        return answer(self, self._formula, x, self._live.to(x.device))
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return answer(self, self._formula, x, self._live.to(x.device), gate)
 
 
 class NotFused(StandIn):

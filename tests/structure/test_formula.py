@@ -54,6 +54,16 @@ class Rounded(OwnNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
+class GatedBefore(OwnNorm):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x if gate is None else x * F.silu(gate))
+
+
+class GatedAfter(OwnNorm):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * F.silu(gate)
+
+
 NORMS = {
     "layer": (nn.LayerNorm(8), (-1, 0, True, 1e-5, "weight", "bias", 0.0)),
     "layer without bias": (nn.LayerNorm(8, 1e-12, bias=False), (-1, 0, True, 1e-12, "weight", None, 0.0)),
@@ -150,3 +160,13 @@ def test_parameters_without_memory_are_tried_on_a_copy_that_has_some() -> None:
         model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
     assert recognised(model)["1"].centred
     assert all(p.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize(("module", "when"), [(GatedBefore(8), "before"), (GatedAfter(8), "after")])
+def test_a_gate_is_found_where_it_stands(module: nn.Module, when: str) -> None:
+    formula = recognised(module)[""]
+    assert formula.gate == when
+    x, gate = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    everything = torch.ones(8, dtype=torch.bool)
+    with torch.no_grad():
+        torch.testing.assert_close(answer(module, formula, x, everything, gate), module(x, gate))
