@@ -13,8 +13,8 @@ that of a native model; in the masked one it is that of the dense model and of t
 Known limits: BatchNorm statistics of dormant channels keep moving in the masked layout (parked in the
 compact one). Optimizers that normalise by a whole tensor (Adafactor, LAMB) see dormant zeros while
 masked. Parameters frozen or unfrozen while masked are noticed at the next `apply`. A `copy.deepcopy` of
-the model has the live tensors and no hooks: a plain model in that layout. An EMA copy made before is cut
-by a plant of its own, `Plant(averaged.module, None, structure)`, and goes on averaging.
+the model has the live tensors and no hooks, and computes the same. An EMA copy made before is cut by a plant
+of its own, `Plant(averaged.module, None, structure)`, and goes on averaging.
 """
 
 from __future__ import annotations

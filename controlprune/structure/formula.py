@@ -144,6 +144,9 @@ def formula_of(module: nn.Module) -> Formula | None:
 
 
 def _may_be_norm(module: nn.Module) -> bool:
+    source = type(module).__module__
+    if source.startswith("torch.nn.modules.") and not source.endswith(".normalization"):
+        return False
     parameters = list(module.parameters())
     return (
         next(module.children(), None) is None
