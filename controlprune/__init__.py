@@ -17,6 +17,12 @@ from .loop.export import load, save
 from .loop.history import History
 from .policies.base import Decision, Observation, Policy, Wants
 from .policies.feedback.control import Control
+from .policies.gradual import Gradual
+from .policies.magnitude import Magnitude
+from .policies.rigl import RigL
+from .policies.rotate import Rotation
+from .policies.set import SET
+from .policies.static import Static
 from .price.pi import PI
 from .saliency.network import Statistics
 from .state.packed import Packed
@@ -31,14 +37,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PI",
+    "SET",
     "Budget",
     "Control",
     "Controller",
     "Decision",
+    "Gradual",
     "History",
     "Horizon",
     "InfeasibleBudget",
     "Instruments",
+    "Magnitude",
     "Measurement",
     "Observation",
     "Observer",
@@ -48,6 +57,9 @@ __all__ = [
     "Price",
     "Problem",
     "Resource",
+    "RigL",
+    "Rotation",
+    "Static",
     "Statistics",
     "Traced",
     "Wants",

@@ -258,7 +258,7 @@ class Controller:
         run.checkpoints.require_admitted()
         before, was_compact = plant.masks, plant.compact
         decision = self._last_decision(before, into)
-        if any(not torch.equal(a, b) for a, b in zip(decision.masks, before, strict=True)):
+        if any(bool((was & ~now).any()) for was, now in zip(before, decision.masks, strict=True)):
             use = [run.policy.realised(widths_of(masks)) for masks in (before, decision.masks)]
             log.warning(Ending(self.steps, self.total_steps, run.intake.runs).message(*use))
         self._say_what_is_missed(decision)
@@ -292,9 +292,10 @@ class Controller:
 
     def _say_what_is_missed(self, decision: Decision) -> None:
         use = self._run.policy.realised(widths_of(decision.masks))
+        asked = dict(self._run.problem.budget) | dict(decision.reference)
         over = [
             f"{name} is {use[name]:.3g} of dense, {limit:.3g} was asked"
-            for name, limit in self._run.problem.budget.items()
+            for name, limit in asked.items()
             if name in self._run.problem.measured and use[name] > limit * (1.0 + TOLD)
         ]
         beyond = [

@@ -303,6 +303,7 @@ class Run:
     def retarget(self, budget: Budget | Price, total_steps: int) -> None:
         """Another budget or horizon from here on."""
         problem = self.settle(budget, self.survey, total_steps)
+        self.given.begin(problem)  # an error if the policy cannot
         self.metering.retarget(problem, budget)
         self.event = "budget" if budget is not self.budget else "horizon"
         self.budget, self.problem = budget, problem
