@@ -261,7 +261,8 @@ class Controller:
         if any(bool((was & ~now).any()) for was, now in zip(before, decision.masks, strict=True)):
             use = [run.policy.realised(widths_of(masks)) for masks in (before, decision.masks)]
             log.warning(Ending(self.steps, self.total_steps, run.intake.runs).message(*use))
-        self._say_what_is_missed(decision)
+        if run.policy.ends_in_budget:
+            self._say_what_is_missed(decision)
         run.event = "finalize"
         run.write(decision, before, was_compact)
         small = plant.model if into is None else plant.gathered(into)
@@ -292,10 +293,9 @@ class Controller:
 
     def _say_what_is_missed(self, decision: Decision) -> None:
         use = self._run.policy.realised(widths_of(decision.masks))
-        asked = dict(self._run.problem.budget) | dict(decision.reference)
         over = [
             f"{name} is {use[name]:.3g} of dense, {limit:.3g} was asked"
-            for name, limit in asked.items()
+            for name, limit in self._run.problem.budget.items()
             if name in self._run.problem.measured and use[name] > limit * (1.0 + TOLD)
         ]
         beyond = [

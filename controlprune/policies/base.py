@@ -68,6 +68,7 @@ class Policy(ABC):
     """Override `decide`; the rest as far as it is needed."""
 
     problem: Problem  # of the model at work on
+    ends_in_budget: bool = True  # False: the budget bounds the steps, not what `finalize` gives
 
     def begin(self: P, problem: Problem) -> P:
         """A policy at work on this problem; `self` stays as the user made it."""

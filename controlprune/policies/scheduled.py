@@ -127,6 +127,7 @@ class Schedule(Policy):
 
     def __init__(self, rule: Rule, problem: Problem) -> None:
         self.rule, self.problem = rule, problem
+        self.ends_in_budget = rule.ends_with(problem) is None
         total = problem.total_steps
         self.every = rule.every or max(rule.looks + 1, total // UPDATES)
         plan = rule.plan(total)

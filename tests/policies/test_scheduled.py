@@ -174,6 +174,17 @@ def test_a_rotation_trains_every_unit(active: float) -> None:
     run.optimizer.step()
 
 
+def test_a_rotation_under_a_budget_ends_dense() -> None:
+    run = rig(
+        "mlp", "adam", budget=cp.Budget(flops=0.2), policy=cp.Rotation(active=0.5, period=4), total_steps=20
+    )
+    run.train(0, 20)
+    assert run.controller.cost()["flops"].fraction <= 0.2
+    assert all(row.realised["flops"] <= 0.2 for row in run.controller.history)
+    assert [m.out_features for m in run.controller.finalize() if isinstance(m, nn.Linear)] == [32, 24, 4]
+    assert run.controller.history[-1].realised["flops"] == 1.0
+
+
 def test_a_rotation_keeps_what_is_parked() -> None:
     run = rig("mlp", "adam", policy=cp.Rotation(active=0.25, period=5), total_steps=60)
     run.train(0, 29)
