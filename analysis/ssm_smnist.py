@@ -162,11 +162,12 @@ def piece(side: str, seed: int, options: argparse.Namespace, train: Split, test:
 def _truncation(
     kind: str, number: str, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
 ) -> ssm.Truncation | None:
+    cuts = min(5, steps // 10)
     if kind == "tau":
-        return ssm.Truncation(model, optimizer, total_steps=steps, tolerance=float(number))
+        return ssm.Truncation(model, optimizer, total_steps=steps, tolerance=float(number), cuts=cuts)
     if kind == "cut":
         return ssm.Truncation(
-            model, optimizer, total_steps=steps, tolerance=0.0, states=int(number), window=0.1
+            model, optimizer, total_steps=steps, tolerance=0.0, states=int(number), cuts=cuts
         )
     return None
 

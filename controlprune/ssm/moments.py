@@ -33,7 +33,7 @@ __all__ = ["Map", "Moments", "carried"]
 FIRST = frozenset({"exp_avg", "momentum_buffer"})  # averages of gradients
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})  # averages of their squares
 DRAWS = 64
-EVIDENCE = 5  # steps that carried averages count as; loss spikes of 3, 5, 10, 20 and all: docs/ssm.md
+EVIDENCE = 5  # steps that carried averages count as; loss spikes with 3, 5 and 10: docs/ssm.md
 
 Tensors = Mapping[str, Tensor]
 Map = Callable[[dict[str, Tensor]], Tensors]
