@@ -109,6 +109,8 @@ class PruneCallback(TrainerCallback):
         )
         if saved is not None:
             self.controller.load_state_dict(saved)
+            if self.controller.total_steps != state.max_steps:  # trained for longer, or not as long
+                self.controller.total_steps = state.max_steps
             if self._late is not None:
                 self._late.load()
         saver = vars(model).get("save_pretrained")

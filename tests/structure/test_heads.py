@@ -177,6 +177,7 @@ def test_a_record_of_widths_makes_another_as_small() -> None:
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter uses what torch deprecates
 def test_to_onnx() -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
