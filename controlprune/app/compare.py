@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..plant.plant import Plant
 from ..structure.groups import Structure
+from ..structure.untouched import seeded
 
 __all__ = [
     "Side",
@@ -115,8 +116,7 @@ def fresh(
     `reset_parameters` is reset, so that fan-in is that of the small layer. Parameters outside such
     modules keep the dense values they were cut from.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = factory()
         plant = Plant(model, None, structure)
         masks = [torch.arange(n) < width for n, width in zip(structure.sizes, widths, strict=True)]

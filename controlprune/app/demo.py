@@ -24,6 +24,7 @@ from ..loop.attach import attach
 from ..loop.controller import Controller
 from ..loop.export import save
 from ..structure import analyse
+from ..structure.untouched import seeded
 from .compare import Side, accuracy, batches, count_flops, count_parameters, fresh, latencies, ratio, train
 from .plots import plot
 from .report import quantity, results_table
@@ -83,8 +84,7 @@ def _side(model: nn.Module, task: Task, seed: int) -> Side:
 
 
 def _dense(task: Task, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return task.factory()
 
 

@@ -25,7 +25,8 @@ from types import FunctionType, MethodType
 import torch
 from torch import nn
 
-from ..structure.record import ExampleInputs, call_model, copied, untouched
+from ..structure.record import ExampleInputs, call_model, copied
+from ..structure.untouched import untouched
 from .clock import Timing, device_clock, measure_interleaved
 from .instruments import Instruments
 

@@ -43,7 +43,8 @@ from torch import nn
 from ..structure.exchange import at_widths, first_units, tensors_of
 from ..structure.extents import Extent
 from ..structure.groups import Structure
-from ..structure.record import ExampleInputs, call_model, copied, input_tensors, untouched
+from ..structure.record import ExampleInputs, call_model, copied, input_tensors
+from ..structure.untouched import untouched
 from .cache import device_name, read_cache, write_cache
 from .clock import Candidate, Clock, Run, Timing, device_clock, measure
 from .polynomial import Polynomial

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from ..budget import GAUGED
 from ..structure.extents import Fixed
 from ..structure.groups import Structure
-from ..structure.record import call_model, copied, untouched
+from ..structure.record import call_model, copied
+from ..structure.untouched import untouched
 from .clock import device_clock
 from .energy import energy
 from .flops import flops

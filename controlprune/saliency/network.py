@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..structure.untouched import seeded
+
 __all__ = ["FEATURES", "GateController", "Statistics", "features", "first_guess"]
 
 FEATURES = (
@@ -108,8 +110,7 @@ class GateController:
     """The network with its optimizer."""
 
     def __init__(self, *, seed: int, rate: float = 0.01) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             self.net = nn.Sequential(nn.Linear(len(FEATURES), HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
         self.net.float()  # whatever the user's default is
         last = self.net[2]

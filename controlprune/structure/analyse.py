@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from .formula import recognised
 from .groups import Group, Structure
-from .record import ExampleInputs, record, untouched
+from .record import ExampleInputs, record
 from .sizes import bind_module_attributes
 from .tape.build import build
 from .tape.tape import Tape
+from .untouched import untouched
 from .verify import verify
 
 __all__ = ["analyse", "find_groups", "require_groups"]
@@ -37,8 +38,17 @@ def analyse(
     """
     ignored = _ignored_tensors(model, ignored_layers)
     example_inputs = _on_meta(model, example_inputs)
+    with untouched(model, example_inputs):
+        structure, trains = _traced(model, example_inputs, ignored)
+        return verify(model, example_inputs, structure, trains=trains) if check else structure
+
+
+def _traced(
+    model: nn.Module, example_inputs: ExampleInputs, ignored: Collection[str]
+) -> tuple[Structure, bool]:
+    """What two forward passes tell, and whether there is one in training mode."""
     tape = Tape(model, norms=recognised(model))
-    with untouched(model):
+    with untouched(model, weights=False):
         model.eval()
         try:
             record(tape, example_inputs)
@@ -48,15 +58,14 @@ def analyse(
                 "Give example_inputs as a tuple (positional), a dict (keywords) or one tensor."
             ) from error
     tape.counting, trains = False, True
-    with untouched(model):
+    with untouched(model, weights=False):
         model.train()
         try:
             record(tape, example_inputs)
         except Exception:  # e.g. BatchNorm refuses one value per channel: eval mode has told what there is
             tape.where, trains = "", False
     bind_module_attributes(tape)
-    structure = replace(build(tape, ignored), forwards=2 if trains else 1)
-    return verify(model, example_inputs, structure, trains=trains) if check else structure
+    return replace(build(tape, ignored), forwards=2 if trains else 1), trains
 
 
 def _on_meta(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:

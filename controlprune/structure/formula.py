@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .untouched import seeded
+
 __all__ = ["Formula", "answer", "formula_of", "normalised", "recognised"]
 
 EPSILONS = (0.0, 0.1)  # a number of a module between them may be its eps
@@ -133,9 +135,8 @@ def formula_of(module: nn.Module) -> Formula | None:
         twin = copy.deepcopy(module)
         twin = twin.to_empty(device="cpu") if _on_meta(module) else twin.to("cpu")
         twin = twin.double().eval().requires_grad_(False)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        with seeded(0), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
             for parameter in twin.parameters():
                 parameter.copy_(torch.randn(parameter.shape) + 0.5)
             return next(_fitting(twin), None)

@@ -2,7 +2,7 @@
 
 A TorchDispatchMode sees every ATen operator of one forward pass, whatever Python did to get there
 (control flow that depends on data, dict or dataclass outputs, keyword inputs, caches). The pass runs under
-no_grad; the model is left as it was found: training flags, buffers, random state, plain attributes.
+no_grad; `untouched` around it leaves the model as it was found.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
@@ -22,7 +21,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .caches import own_train
 from .rules import contraction as rules_contraction
 from .rules import indexing as rules_indexing
 from .rules import normalisation as rules_normalisation
@@ -44,7 +42,6 @@ __all__ = [
     "module_names",
     "output_tensors",
     "record",
-    "untouched",
 ]
 
 ExampleInputs: TypeAlias = "Tensor | Sequence[Any] | Mapping[str, Any]"
@@ -56,8 +53,6 @@ RULE_MODULES = (
     rules_spatial,
     rules_views,
 )
-
-HELD = (dict, OrderedDict, list, set)  # containers whose contents are put back too (hooks, buffers, …)
 
 
 class Recorder(TorchDispatchMode):
@@ -236,42 +231,6 @@ def reference_kernels(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch._C._set_mkldnn_enabled(onednn)
         torch._C._set_cudnn_enabled(cudnn)
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever runs inside, the model's modes, buffers, plain attributes and the random state come back.
-
-    So do the parameters of modules that do something of their own (merge an update) when the mode is set.
-    """
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    held = [value for plain in attributes for value in plain.values() if type(value) in HELD]
-    contents = [(value, type(value)(value)) for value in held]
-    written = [p for module in modules if own_train(module) for p in module.parameters(recurse=False)]
-    held_values = [t for t in (*model.buffers(), *written) if t.device.type != "meta"]
-    values = [(tensor, tensor.detach().clone()) for tensor in held_values]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-        for module, plain in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(plain)
-        for value, content in contents:
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):
-                    tensor.data.copy_(value)
-        for parameter, flag in gradients:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
 
 
 def batch_size(inputs: Any) -> int:

@@ -28,8 +28,9 @@ from torch.utils import _pytree as pytree
 from .exchange import at_widths, select_live, tensors_of
 from .extents import groups_in, keep
 from .groups import Structure
-from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels, untouched
+from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels
 from .standins import count_live
+from .untouched import seed_all, untouched
 
 __all__ = ["DIFFERS", "Failure", "Trial"]
 
@@ -69,7 +70,7 @@ class Trial:
 
     def run(self, masks: Sequence[Tensor], *, trains: bool = False) -> Failure | None:
         """None where masked and shrunk agree (`trains`: and the shrunk model runs in training mode too)."""
-        with untouched(self.model):  # what a run leaves behind (caches) must not matter
+        with untouched(self.model, weights=False):  # what a run leaves behind (caches) must not matter
             self.model.eval()
             try:
                 shrunk = self._shrunk(self._values, self.example_inputs, masks)
@@ -138,7 +139,7 @@ class Trial:
     def _forward(self, values: Values, inputs: ExampleInputs, widths: list[int] | None) -> list[Tensor]:
         self.forwards += 1
         with at_widths(self.model, self.structure, values, widths), torch.no_grad():
-            torch.manual_seed(0)
+            seed_all(0)
             with reference_kernels(self.model):
                 return output_tensors(call_model(self.model, copied(inputs)))
 
