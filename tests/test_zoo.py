@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from controlprune.structure import analyse
 from controlprune.structure.extents import Extent, Product
 from controlprune.structure.groups import Structure
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # deprecations inside the libraries, as they are imported and as they run
     from zoo import check as checking
+    from zoo import residual
     from zoo.check import Result, error, run, scatter
     from zoo.tables import FAST, tables
 
@@ -65,6 +67,26 @@ def test_nineteen_models_in_twenty_are_handled_fully() -> None:
     assert sum(statuses.values()) >= 60
     assert statuses["WRONG"] == 0
     assert statuses["full"] >= 0.95 * sum(statuses.values()), {n: Counter(c) for n, c in shares.items()}
+
+
+def _trains_alike(name: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    model = scatter(model.eval())
+    structure = analyse(model, inputs)
+    assert residual.residual_groups(structure), [r for r in structure.refused if r.size == residual.WIDTH]
+    assert residual.apart_after(5, model, inputs, structure) < 1e-7
+
+
+@pytest.mark.parametrize("name", [name for name in residual.FEW if name in MODELS])
+def test_the_residual_width_is_a_group_and_trains_alike_in_both_layouts(name: str) -> None:
+    _trains_alike(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in residual.FAMILIES if n in MODELS and n not in residual.FEW])
+def test_the_residual_width_of_more_families(name: str) -> None:
+    _trains_alike(name)
 
 
 def _reversed(extent: Extent) -> Extent:
