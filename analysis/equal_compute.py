@@ -6,7 +6,6 @@ Per seed the controlled run comes first, with everything it computes counted (ab
 sum of FLOPs is then given to schedules fixed beforehand (schedules.py), which end at the uniform widths of
 the same budget; each has one time to choose, its start, and that is solved for the sum::
 
-    by value        the controlled run once more, with Control(keep="value"): its own sum
     one shot        the whole cut at once
     cubic, short    a cubic descent over a quarter of the run
     cubic, long     a cubic descent until three quarters of the run are over
@@ -34,7 +33,6 @@ from controlprune.app.compare import accuracy, count_flops, train
 from controlprune.app.report import results_table
 from controlprune.app.tasks import Task, load
 from controlprune.budget import Budget
-from controlprune.policies.feedback.control import Control
 from controlprune.structure.groups import Structure
 
 __all__ = ["piece", "solved"]
@@ -67,12 +65,11 @@ def piece(task: Task, structure: Structure, budget: float, seed: int, steps: int
     """One seed: all sides."""
     whole = count_flops(dense(task, seed).model, task.example(1))
     models: dict[str, tuple[nn.Module, float]] = {}
-    for name, policy in {"closed loop": Control(), "closed loop, by value": Control(keep="value")}.items():
-        side, controller = controlled(task, seed, Budget(flops=budget, train_flops=1.0), steps, policy)
-        train([side], steps)
-        models[name] = (side.model, controller.cost()["train_flops"].fraction)
-        controller.finalize()
-    share = models["closed loop"][1]
+    side, controller = controlled(task, seed, Budget(flops=budget, train_flops=1.0), steps)
+    train([side], steps)
+    share = controller.cost()["train_flops"].fraction
+    models["closed loop"] = (side.model, share)
+    controller.finalize()
     plain = dense(task, seed)
     train([plain], steps)
     models["dense"] = (plain.model, 1.0)

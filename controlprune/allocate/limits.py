@@ -1,8 +1,12 @@
-"""The trade-off of one update under caution: what is believed of the values, what may move, what must be met.
+"""The trade-off of one update under caution: what may move, what must be met.
 
     n̄        uniform allocation under the limits                      (allocate/uniform.py)
-    ṽ, s     values shrunk towards it as far as they are not trusted  (saliency/trust.py)
+    ṽ        what units are worth as others go                        (saliency/worth.py)
     n, m     max Σ ṽ_i − λ·C(n)  with floors, holds and hysteresis    (allocate/knapsack.py)
+
+At the budget no group loses more than `slew` units at once while it is under n̄ by as much; recently switched
+units, and all dormant ones but the best `slew`, keep their state. Slew: an eighth of the group, at least one
+width step.
 
 A limit counts as filled when less than a tolerance of dense is left under it (`tolerances`): what the
 cheapest unit costs, within [`NEAR`, `FAR`]; `FINE` of a run total, whose sum must come out; `ROUGH` of the
@@ -37,7 +41,6 @@ class Stand:
 
     masks: tuple[Tensor, ...]
     young: Sequence[Tensor]  # recently switched, per group
-    trust: float  # ρ: weight of the values against the uniform allocation
     at_budget: bool  # few units move at a time
     hysteresis: float
 
@@ -64,9 +67,8 @@ def allocate(
     sizes, steps, masks = problem.structure.sizes, problem.steps, stand.masks
     most = slew(sizes, steps)
     least = problem.floors
-    if even:
-        binding = most if stand.at_budget else None
-        least = floors(least, steps, even, stand.trust, widths_of(masks), binding)
+    if even and stand.at_budget:
+        least = floors(least, even, widths_of(masks), most)
     bounds = np.array([limits.get(k, np.inf) for k in names]) * dense
     # dormant units are worth much the same: at a price they come back all at once, as many as may
     back = most if limits else np.maximum(np.array(steps), most // 2)
@@ -117,19 +119,11 @@ def slew(sizes: Sequence[int], steps: Sequence[int]) -> NDArray[np.int64]:
 
 
 def floors(
-    least: Sequence[int],
-    steps: Sequence[int],
-    even: Sequence[int],
-    trust: float,
-    widths: Sequence[int],
-    most: NDArray[np.int64] | None,
+    least: Sequence[int], even: Sequence[int], widths: Sequence[int], most: NDArray[np.int64]
 ) -> tuple[int, ...]:
-    """Floors of this update, never under `least`; `most`: the slew that binds (None: it does not)."""
-    share = ((1.0 - trust) * np.array(even)).astype(int) // np.array(steps) * np.array(steps)
-    bound = np.maximum(np.array(least), share)
-    if most is not None:
-        bound = np.maximum(bound, np.minimum(np.array(widths) - most, even))
-    return tuple(int(n) for n in bound)
+    """Floors of an update at the budget: never under `least`, nor `most` units under the present widths."""
+    slow = np.minimum(np.array(widths) - most, even)
+    return tuple(int(n) for n in np.maximum(np.array(least), slow))
 
 
 def held(

@@ -4,16 +4,7 @@
 
 **Uniform.** The same fraction of every group: f is the largest with C_k(max(floor, f N)) ≤ r_k in real
 numbers; every width is the allowed one below f·N_g or, as long as the limits hold, above it, the groups
-furthest below first. It is what is known to work when values are not trusted.
-
-**Prior.** Concave values whose best allocation is a given one, n̄ (uncertain values are shrunk towards
-them). With marginal prices c_g = Σ_k λ_k ∂C_k/∂n_g(n̄) and f_g = n̄_g / N_g, the j-th best unit of g gets::
-
-    v_g(j) = c_g · ψ_g((j − ½)/N_g),        ψ_g(x) = (f_g / x)²          (ψ_g(f_g) = 1)
-
-so ∂V_g/∂n_g = c_g at n̄: the first-order condition of `max Σ V_g(n_g) − λ·C(n)`. It is the only maximum
-of the relaxed problem: in y = log n every cost is a sum of exponentials, so {C ≤ r} is convex, and
-V_g ∝ −1/n_g is strictly concave in y (geometric programming).
+furthest below first. It is what is known to work where nothing tells units apart.
 
 Widths in units, costs in the resource's unit, prices in loss per that unit, values in loss.
 """

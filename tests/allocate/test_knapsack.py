@@ -16,7 +16,6 @@ from controlprune.budget import InfeasibleBudget
 from controlprune.cost.grid import ladder
 from controlprune.cost.polynomial import Polynomial
 from controlprune.cost.problem import feasible_range
-from controlprune.saliency.trust import prior_values
 from controlprune.structure.extents import Concat, Fixed, Product, Units
 
 INF = float("inf")
@@ -302,19 +301,6 @@ def test_uniform_lands_near_the_limit() -> None:
     for fraction in (0.2, 0.35, 0.5, 0.65, 0.8):
         widths = uniform(sizes, (cost,), [fraction * cost.value(sizes)], (2, 4, 8), (2, 4, 8))
         assert fraction - 0.05 <= cost.value(widths) / cost.value(sizes) <= fraction
-
-
-@pytest.mark.parametrize("sizes", [(64, 96), (40, 60, 20), (32, 64, 128, 128)])
-@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
-def test_prior_leads_to_the_uniform_allocation(sizes, fraction) -> None:
-    cost = chain(sizes)
-    limit = fraction * cost.value(sizes)
-    target = uniform(sizes, (cost,), [limit], [1] * len(sizes), [4] * len(sizes))
-    values = prior_values(target, (cost,), sizes, [1e-3])
-    p = problem(sizes, values, cost.value(target) / cost.value(sizes), 4)
-    assert solve(p).widths == target
-    shadow = solve(p).prices[0]
-    assert shadow == pytest.approx(1e-3, rel=0.2)
 
 
 def test_few_groups_in_a_long_polynomial() -> None:

@@ -346,7 +346,7 @@ def test_after_the_end(end: str) -> None:
 
 def test_settings_of_the_policy() -> None:
     for wrong in (
-        {"update_every": 0}, {"trust": 1.5}, {"freeze": -0.1}, {"looks": -1}, {"stages": 0}, {"dwell": -1},
+        {"update_every": 0}, {"freeze": -0.1}, {"looks": -1}, {"stages": 0}, {"dwell": -1},
     ):  # fmt: skip
         ((name, value),) = wrong.items()
         with pytest.raises(ValueError, match=f"{name}={value!r}: give"):

@@ -317,7 +317,7 @@ def test_units_return_when_they_are_needed() -> None:
     """The second bank is useless at first and is cut; later it is all that helps. Seen for free while
     masked, by looks while shrunk. The same run without revisions keeps its masks and ends worse."""
     plan = Plan(earliest=0.05, latest=0.05, duration=0.1, deadline=0.2)
-    lively = replace(QUICK, plan=plan, update_every=5, revise_every=1, freeze=0.9, trust=1.0)
+    lively = replace(QUICK, plan=plan, update_every=5, revise_every=1, freeze=0.9)
     (before, stuck), worse = returns(replace(lively, revise_every=0), False)
     assert before == stuck < 3
     for shrink in (False, True):

@@ -27,7 +27,6 @@ SIDES: dict[str, Make] = {
 }
 
 LEVERS: dict[str, Make] = {
-    "ours, by value": lambda: Ours(keep="value"),
     "Fisher per FLOP, 1 cut": lambda: ByHand("fisher", even(0.1), "per cost"),
     "Fisher per FLOP, 3 cuts, windows": lambda: ByHand(
         "fisher", even(0.1, 0.2, 0.3), "per cost", window=True

@@ -4,7 +4,7 @@ At an update, in this order:
 
     observer           moments of the gate gradients           -> mean, curvature H      (saliency/moments.py)
     gate controller    statistics                              -> v_i                    (saliency/network.py)
-    trust              agreement of two disjoint windows       -> ρ ∈ [0, trust]
+    worth              what units are worth as others go       -> ṽ_i                    (saliency/worth.py)
     planner            how far loss and values have settled    -> reference r(t)         (control/)
     solver             max Σ ṽ_i − λ·C(n),  C_k(n) ≤ r_k(t)    -> masks, shadow price λ  (allocate/)
     regulator          y − r                                   -> price λ_k(t)           (price/)
@@ -15,9 +15,9 @@ tracks it (back-calculation: a bumpless start), and takes over where the price i
 `Control(invert=False)`, the masks then answer the price alone until they freeze, when the solver has the
 last word and the net the rest of the run to heal.
 
-An early value is a noisy one: values are shrunk towards the uniform allocation as far as their ranking is
-not stable, which units of a group stay is said by the norm of their readers (`keep`), and at the budget few
-units move at a time (saliency/trust.py).
+Which units stay, and how many of each group, is one question: those of most worth per cost over all groups
+together, near uniform where nothing tells the units of a group apart (saliency/worth.py). At the budget few
+units move at a time (allocate/limits.py).
 
 The cut is made in stages. After the first, the units just switched off stay in the tensors for one update,
 masked, where they are observed for free and may come back; then the net shrinks, provided the time saved
@@ -53,7 +53,7 @@ from ...cost.problem import Problem
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
 from ...saliency.network import GateController, Statistics, first_guess
-from ...saliency.trust import believed, by_norm
+from ...saliency.worth import depleted, margin_price
 from ...structure.groups import widths_of
 from ..base import Decision, Observation, Policy, Wants
 from .pace import LOOK, look_spacing, observation_spacing, shrink_pays
@@ -76,8 +76,6 @@ class Control(Policy):
     invert: bool = True
     learned: bool = False  # the gate network over the second-order score
     value: Callable[[Statistics], Tensor] | None = None  # of every unit, > 0; None: the second-order score
-    trust: float = 0.5  # most weight that values get against the uniform allocation
-    keep: Literal["norm", "value"] = "norm"  # which units of a group stay; see saliency/trust.py
     start: float | Literal["budget"] | None = None  # fraction of dense to begin at; None: dense
     stages: int = 6  # steps of the reference on its way down
     update_every: int | None = None
@@ -94,17 +92,14 @@ class Control(Policy):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: give a number of steps >= 1, or None")
-        for name in ("trust", "freeze"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: give a number from 0 to 1")
+        if not 0.0 <= self.freeze <= 1.0:
+            raise ValueError(f"freeze={self.freeze!r}: give a number from 0 to 1")
         for name in ("revise_every", "looks", "dwell", "hysteresis"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name}={value!r}: give a number >= 0")
         if not (self.start in (None, "budget") or _is_fraction(self.start)):
             raise ValueError(f'start={self.start!r}: give a fraction of dense in (0, 1], "budget" or None')
-        if self.keep not in ("norm", "value"):
-            raise ValueError(f'keep={self.keep!r}: give "norm" or "value"')
         if self.stages < 1:
             raise ValueError(f"stages={self.stages!r}: give a number >= 1")
         if not (self.regulator == "auto" or isinstance(self.regulator, PI)):
@@ -246,7 +241,7 @@ class ControlLoop(Policy):
             self.revised_at = self.updates
         steered = not self.control.invert and step < self._freeze_step
         exact = not (steered or self.problem.prices)
-        solution = self._solve(observation, stability, limits, exact=exact)
+        solution = self._solve(observation, limits, exact=exact)
         self._regulate(asked, solution, exact=exact)
         self.reference.solved(asked)
         return self._answer(step, masks, compact or looked, asked, solution)
@@ -264,8 +259,7 @@ class ControlLoop(Policy):
             return Decision(seen.masks, True, reference, self._price())
         self.units.let_go()  # no dwell, no slew: the budget comes first
         self.reference.at_budget = False
-        stability = self.units.stability(torch.cat(seen.masks))
-        solution = self._solve(seen, stability, self.reference.modelled(reference), exact=True)
+        solution = self._solve(seen, self.reference.modelled(reference), exact=True)
         self._regulate(reference, solution, exact=True)
         return self._answer(self.problem.total_steps, seen.masks, False, reference, solution)
 
@@ -304,28 +298,21 @@ class ControlLoop(Policy):
     def _price(self) -> dict[str, float]:
         return self.prices.now() | dict(self.problem.prices)
 
-    def _solve(
-        self, seen: Observation, stability: float, limits: Mapping[str, float], *, exact: bool
-    ) -> Solution:
+    def _solve(self, seen: Observation, limits: Mapping[str, float], *, exact: bool) -> Solution:
         """The trade-off under the modelled limits (`exact`), or under the price alone."""
         problem, control = self.problem, self.control
-        trust = control.trust * stability
         even = uniform_under(problem, limits)
-        known = self.statistics(seen)
-        v = self._values(known)
-        if control.keep == "norm" and exact:
-            v = by_norm(v, known.weight, known.group, known.on)
-        values, scale = believed(problem, v, trust, even)
+        values = self._values(self.statistics(seen)).double()
+        worth = tuple(depleted(v.numpy()) for v in self.units.split(values))
         if not exact:
-            self.prices.follow(scale)
+            self.prices.follow(margin_price(problem, worth, even))
         stand = Stand(
             masks=seen.masks,
             young=self.units.split(self.units.age < control.dwell),
-            trust=trust,
             at_budget=self.reference.at_budget,
             hysteresis=control.hysteresis,
         )
-        return allocate(problem, values, even, stand, limits if exact else {}, {} if exact else self._price())
+        return allocate(problem, worth, even, stand, limits if exact else {}, {} if exact else self._price())
 
     def _answer(
         self,

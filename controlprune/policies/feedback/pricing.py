@@ -5,7 +5,7 @@
     where the user set the price (`Price`)            nothing to regulate
 
 Feed-forward: s is the price at which the uniform allocation at the reference would be the best one, by the
-values as they are now (`follow`; saliency/trust.py). Values fall by orders of magnitude while a net learns,
+values as they are now (`follow`; saliency/worth.py). Values fall by orders of magnitude while a net learns,
 and a moved reference asks for another price at once; both are in s. What is left to the regulator is the
 relative price p, about 1, for what the values know better.
 

@@ -2,7 +2,7 @@
 
     observe        g ∈ R^G at a step     -> moments (saliency/moments.py), Σ g² of the running window
     statistics     at an update          -> mean, Fisher curvature, norms, marginal costs, ages  (network.py)
-    stability      of the ranking of Σ g² between the running window and the last one          (trust.py)
+    stability      of the ranking of Σ g² between the running window and the last one          (worth.py)
 
 Vectors over all units, one group after the other. Gradients are taken in units of their size when the first
 ones came (a power of two), so that a run whose loss is k times as large decides alike. The window's rounding
@@ -22,7 +22,7 @@ from torch import Tensor
 from ...cost.problem import Problem
 from ...saliency.moments import Moments, fisher, observe, start_moments
 from ...saliency.network import Statistics
-from ...saliency.trust import stability
+from ...saliency.worth import stability
 from ...structure.groups import widths_of
 
 __all__ = ["UnitRecord"]

@@ -1,0 +1,71 @@
+"""From the value of single units to the worth of many: what a group's units are worth as it is depleted.
+
+v_i is how far the loss rises if unit i alone goes. Values of units that go together do not add up: those that
+stay have to do the work of all. With V the sum over a group and V_S over the units S that stay, the rise is
+taken to be
+
+    R(S) = V (V / V_S − 1)             V − V_S for few units, without bound as nothing is left
+    ṽ_i  = −∂R/∂V_S v_i = v_i (V / V_(i))²,        V_(i): the sum over the units of value v_i and more
+
+so ṽ falls in the order of v and Σ ṽ is concave in the width: what the trade-off needs. Limit cases: where few
+units hold nearly all value (a pretrained net), ṽ = v, and the others go first wherever they are; where all
+are alike (a net at its start), ṽ_(j) = v (N/j)², whose best allocation goes with the square root of value
+per cost, not with value per cost itself: nearer to uniform, as far as nothing tells the units apart.
+
+**Stability**: mean over groups of Spearman's rank correlation of Σ g² between two disjoint windows of
+observations, over the active units. It is the evidence that a ranking is more than noise.
+
+**Margin price**: s = mean_g ṽ_(n̄_g) / mean_g c_g(n̄), the price of all resources at which a unit more or less
+of the uniform allocation n̄ (allocate/uniform.py) would be worth about its cost.
+
+Values in loss, widths in units, prices in loss per dense use; arrays per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..cost.problem import Problem
+
+__all__ = ["Values", "depleted", "margin_price", "stability"]
+
+Values = tuple[NDArray[np.float64], ...]
+TINY = 1e-30  # of a square of gradients
+
+
+def stability(now: Tensor, before: Tensor, group: Tensor, on: Tensor) -> float:
+    """In [0, 1]; 0 where there is nothing to compare. Vectors over all units."""
+    found: list[float] = []
+    for g in range(int(group.max()) + 1):
+        i = (group == g) & on
+        if i.sum() > 3 and now[i].any() and before[i].any():
+            ranks = torch.stack([x[i].argsort().argsort().float() for x in (now, before)])
+            found.append(float(torch.corrcoef(ranks)[0, 1]))
+    return max(0.0, float(np.mean(found))) if found else 0.0
+
+
+def depleted(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """ṽ of one group's units, in their order; a value below zero is noise about zero."""
+    values = np.maximum(values, TINY)
+    order = np.argsort(-values, kind="stable")
+    kept = np.cumsum(values[order])
+    worth = np.empty_like(values)
+    worth[order] = values[order] * (kept[-1] / kept) ** 2
+    return worth
+
+
+def margin_price(problem: Problem, worth: Values, even: Sequence[int]) -> float:
+    """s; `even` is n̄, 0 where there is none."""
+    if not even:
+        return 0.0
+    at, one = np.asarray(even, float), np.ones(len(even))
+    cost = np.zeros(len(even))
+    for name in (k for k in problem.costs if k not in problem.prices):
+        polynomial = problem.costs[name]
+        cost += (polynomial.marginals(at, one) - polynomial.marginals(at, -one)) / 2 / problem.dense[name]
+    return float(np.mean([np.sort(w)[-n] for w, n in zip(worth, even, strict=True)]) / np.mean(cost))
