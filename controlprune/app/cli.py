@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ..budget import InfeasibleBudget
 from ..cost.grid import Steps, group_multiples
@@ -20,8 +21,9 @@ from ..loop.history import History
 from ..state.version import __version__
 from ..structure import analyse
 from .demo import run
+from .inputs import evaluated, made, spec
 from .plots import plot
-from .report import structure_report, summary
+from .report import budgets_table, structure_report, summary
 from .tasks import TASKS, TaskError, load
 
 __all__ = ["main"]
@@ -71,12 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     profile.set_defaults(command=_profile)
     profile.add_argument("factory", metavar="MODULE:FACTORY", help="for example torchvision.models:resnet18")
     profile.add_argument(
-        "--input",
-        type=_shape,
-        required=True,
-        metavar="1,3,224,224",
-        help="shape of a float input (batch first)",
+        "--input", type=spec, action="append", default=[], metavar="[NAME=]1,3,224,224[:DTYPE[:LOW-HIGH]]",
+        help="an example input, batch first; may be repeated: input_ids=2,128:int64:0-30521",
+    )  # fmt: skip
+    profile.add_argument(
+        "--inputs", metavar="EXPRESSION", help="all inputs, as a Python expression in which torch is known"
     )
+    profile.add_argument(
+        "--budget", type=_fraction, action="append", default=[],
+        help='what a uniform net of that many FLOPs would have left: 0.4 or "40%%"; may be repeated',
+    )  # fmt: skip
     profile.add_argument(
         "--measure",
         action="store_true",
@@ -126,14 +132,12 @@ def _train(options: argparse.Namespace) -> None:
 
 def _profile(options: argparse.Namespace) -> None:
     model = _build(options.factory)
-    inputs = (torch.randn(options.input),)
+    inputs = _inputs(options)
     try:
         structure = analyse(model, inputs)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shape = ",".join(map(str, options.input))
-        raise UserError(
-            f"{options.factory} does not run on a float input of shape {shape}: {error}"
-        ) from error
+        shapes = [tuple(x.shape) for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        raise UserError(f"{options.factory} does not run on inputs of shapes {shapes}: {error}") from error
     measured = None
     if options.measure and structure.groups:
         multiples = group_multiples(structure, dict(model.named_parameters()), timed=True)
@@ -141,6 +145,17 @@ def _profile(options: argparse.Namespace) -> None:
         bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments(), steps)
         measured = survey(("memory", "latency"), structure, bench)
     print(structure_report(structure, measured))
+    if structure.groups and options.budget:
+        print("\n" + budgets_table(structure, options.budget, measured))
+
+
+def _inputs(options: argparse.Namespace) -> object:
+    if bool(options.input) == bool(options.inputs):
+        raise UserError('profile: give --input 1,3,224,224 (for each input), or --inputs "EXPRESSION"')
+    try:
+        return evaluated(options.inputs) if options.inputs else made(options.input)
+    except Exception as error:  # the user's own expression may raise anything
+        raise UserError(f"--inputs: {type(error).__name__}: {error}") from error
 
 
 def _build(name: str) -> nn.Module:
@@ -217,12 +232,12 @@ def _page(histories: dict[str, History], out: Path, options: argparse.Namespace)
 
 def _fraction(text: str) -> float:
     try:
-        value = float(text)
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no fraction of dense: give a number above 0, at most 1"
+            f'{text!r} is no fraction of dense: give a number above 0, at most 1, or "40%"'
         )
     return value
 
@@ -231,13 +246,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
     return int(text)
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(_positive(part) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape: give sizes such as 1,3,224,224") from None
 
 
 if __name__ == "__main__":

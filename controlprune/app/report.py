@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..budget import UNITS
+from ..allocate.uniform import uniform
+from ..budget import UNITS, InfeasibleBudget
 from ..cost.flops import flops
 from ..cost.grid import width_steps
 from ..cost.params import parameters
@@ -19,6 +20,7 @@ from ..loop.history import History
 from ..structure.groups import Structure
 
 __all__ = [
+    "budgets_table",
     "groups_table",
     "quantity",
     "refusals_table",
@@ -85,6 +87,26 @@ def structure_report(structure: Structure, measured: Survey | None = None) -> st
     if structure.refused:
         parts.insert(1, refusals_table(structure))
     return "\n\n".join(parts)
+
+
+def budgets_table(structure: Structure, fractions: Sequence[float], measured: Survey | None = None) -> str:
+    """What uniform nets within these shares of the FLOPs have left, and what is predicted of them."""
+    sizes, steps = structure.sizes, width_steps(structure.sizes, None)
+    costs = {"flops": flops(structure), "params": parameters(structure)}
+    costs |= dict(measured.costs) if measured is not None else {}
+    rows = []
+    for fraction in fractions:
+        try:
+            limit = fraction * costs["flops"].value(sizes)
+            widths = uniform(sizes, [costs["flops"]], [limit], steps, steps)
+        except InfeasibleBudget as error:
+            rows.append([_percent(fraction), f"cannot be met: {error}", *["–"] * len(costs)])
+            continue
+        left = [
+            quantity(c.value(widths), "" if name == "params" else UNITS[name]) for name, c in costs.items()
+        ]
+        rows.append([_percent(fraction), f"{sum(widths)} of {sum(sizes)}", *left])
+    return table(["budget", "units left, uniform", *costs], rows)
 
 
 def summary(history: History) -> str:

@@ -24,6 +24,14 @@ def net():
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 def needs_width(width):
     return nn.Linear(width, 2)
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(10, 8), nn.Linear(8, 32), nn.Linear(32, 2)
+    def forward(self, ids, scale):
+        return self.down((self.up(self.table(ids)) * scale).relu())
+def words():
+    return Words()
 def number():
     return 7
 """
@@ -95,6 +103,26 @@ def test_profile_shows_the_groups_of_a_users_model(here: Path, capsys: pytest.Ca
     text = capsys.readouterr().out
     assert "units" in text
     assert "flops" in text
+
+
+def test_profile_takes_tokens_keywords_and_expressions(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["profile", "their_nets:words", "--input", "ids=2,6:int64:0-9"]
+    assert main([*tokens, "--input", "scale=2,6,1", "--budget", "50%", "--budget", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "table" in out
+    assert "50.0 %" in out
+    assert "20.0 %" in out
+    expression = "dict(ids=torch.zeros(1, 3, dtype=torch.int64), scale=torch.ones(1, 3, 1))"
+    assert main(["profile", "their_nets:words", "--inputs", expression]) == 0
+    for wrong, said in (
+        (["--inputs", "1 / 0"], "ZeroDivisionError"),
+        (["--input", "ids=2,6:int64", "--input", "2,6,1"], "name all inputs or none"),
+        ([], "give --input"),
+    ):
+        assert main(["profile", "their_nets:words", *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_profile_measures_where_it_is_asked_to(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
