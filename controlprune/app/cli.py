@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -149,7 +150,7 @@ def _profile(options: argparse.Namespace) -> None:
         print("\n" + budgets_table(structure, options.budget, measured))
 
 
-def _inputs(options: argparse.Namespace) -> object:
+def _inputs(options: argparse.Namespace) -> Any:
     if bool(options.input) == bool(options.inputs):
         raise UserError('profile: give --input 1,3,224,224 (for each input), or --inputs "EXPRESSION"')
     try:
