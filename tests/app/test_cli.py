@@ -150,7 +150,7 @@ def test_report_tells_and_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["profile", "their_nets:absent", "--input", "1"], "nets has no absent"),
         (["profile", "their_nets:needs_width", "--input", "1,4"], "cannot be called without arguments"),
         (["profile", "their_nets:number", "--input", "1,4"], "made a int, not a torch.nn.Module"),
-        (["profile", "their_nets:net", "--input", "1,5"], "does not run on a float input of shape 1,5"),
+        (["profile", "their_nets:net", "--input", "1,5"], "does not run on inputs of shapes [(1, 5)]"),
         (["train", "mnist", "--data", "nowhere"], "no nowhere/mnist/train.parquet"),
         (["train", "digits", "--steps", "5", "--budget", "0.000001"], "feasible"),
         (["train", "digits", "--steps", "5", "--out", "their_nets.py"], "is a file"),
