@@ -80,7 +80,8 @@ class Plan:
         best = state.best if started is None else min(state.best, trend.fast)
         level = state.level
         if started is not None:
-            level = self._descend(level, progress - max(state.progress, started), self._health(trend, best))
+            passed = max(0.0, progress - max(state.progress, started))  # a longer horizon sets τ back
+            level = self._descend(level, passed, self._health(trend, best))
         return PlanState(min(level, self._ceiling(progress)), progress, started, best)
 
     def scaled(self, factor: float) -> Plan:

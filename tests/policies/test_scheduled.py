@@ -235,6 +235,15 @@ def test_a_budget_that_changes_is_followed() -> None:
             assert 0.85 * flops_ <= run.controller.cost()["flops"].fraction <= flops_
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_horizon_that_moves_is_followed(rule: str) -> None:
+    run = rig("mlp", "adam", policy=RULES[rule], total_steps=40)
+    run.train(0, 22)
+    run.controller.total_steps = 60
+    run.train(22, 60)
+    assert run.controller.cost()["flops"].fraction <= 0.5
+
+
 @ranks(2)
 def replicas(rank: int, rule: str) -> None:
     torch.manual_seed(0)
