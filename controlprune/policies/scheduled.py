@@ -157,7 +157,7 @@ class Schedule(Policy):
             self.gradient += self.rule.keep(observation.gradients.nan_to_num(0.0, 0.0, 0.0))
 
     def decide(self, observation: Observation) -> Decision | None:
-        self._measured(observation)
+        self.reference.heed(observation.measurements)
         if observation.final:
             return self.rule.ends_with(self.problem) or self._last(observation)
         step, masks = observation.step, observation.masks
@@ -222,16 +222,6 @@ class Schedule(Policy):
         if not self.reference.met(widths_of(masks)):
             masks = self._choose(seen, self._under(asked), exchange=False)
         return Decision(masks, True, asked)
-
-    def _measured(self, seen: Observation) -> None:
-        for found in seen.measurements:
-            if found.resource not in self.problem.costs:
-                continue  # of a budget that was changed since
-            modelled = self.problem.fraction(found.resource, found.widths)
-            if found.resource in self.problem.measured:
-                self.reference.feel(found.resource, modelled, found.use, found.spread)
-            if found.resource in self.problem.totals:
-                self.reference.account(found.resource, found.spent, found.limit, modelled)
 
     def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
         return self.reference.realised(widths)

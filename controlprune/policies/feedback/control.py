@@ -212,7 +212,7 @@ class ControlLoop(Policy):
     # --- the update -----------------------------------------------------------------------------
 
     def decide(self, observation: Observation) -> Decision | None:
-        self._measured(observation)
+        self.reference.heed(observation.measurements)
         if observation.final:
             return self._last(observation)
         if observation.step == 0:
@@ -263,17 +263,7 @@ class ControlLoop(Policy):
         self._regulate(reference, solution, exact=True)
         return self._answer(self.problem.total_steps, seen.masks, False, reference, solution)
 
-    # --- what is measured -----------------------------------------------------------------------
-
-    def _measured(self, seen: Observation) -> None:
-        for found in seen.measurements:
-            if found.resource not in self.problem.costs:
-                continue  # of a budget that was changed since
-            modelled = self.problem.fraction(found.resource, found.widths)
-            if found.resource in self.problem.measured:
-                self.reference.feel(found.resource, modelled, found.use, found.spread)
-            if found.resource in self.problem.totals:
-                self.reference.account(found.resource, found.spent, found.limit, modelled)
+    # --- what is known of the use ---------------------------------------------------------------
 
     def realised(self, widths: tuple[int, ...]) -> dict[str, float]:
         return self.reference.realised(widths)

@@ -21,7 +21,7 @@ small: how much of a step does not shrink only the run shows, and a larger net s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from ...control.ramp import Plan, PlanState, Trend
 from ...control.scale import Observer, ObserverState
 from ...control.state import pack, unpack
 from ...control.totals import hastened, mean_left, rest, steady
+from ...cost.measurement import Measurement
 from ...cost.problem import Problem
 
 __all__ = ["Reference"]
@@ -64,6 +65,17 @@ class Reference:
         self._missing: dict[str, int] = {}  # for how many updates they have seemed to be
 
     # --- what comes in --------------------------------------------------------------------------
+
+    def heed(self, measurements: Iterable[Measurement]) -> None:
+        """What was measured since the last decision."""
+        for found in measurements:
+            if found.resource not in self.problem.costs:
+                continue  # of a budget that was changed since
+            modelled = self.problem.fraction(found.resource, found.widths)
+            if found.resource in self.problem.measured:
+                self.feel(found.resource, modelled, found.use, found.spread)
+            if found.resource in self.problem.totals:
+                self.account(found.resource, found.spent, found.limit, modelled)
 
     def feel(self, resource: str, modelled: float, measured: float, spread: float) -> None:
         """A measurement of the use at the widths for which the model says `modelled`."""
