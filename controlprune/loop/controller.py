@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..budget import UNITS, Budget, Price, require_budget
 from ..cost.problem import require_steps
 from ..plant.interrupts import uninterrupted
-from ..plant.plant import Plant, checked
+from ..plant.masks import checked
+from ..plant.plant import Plant
 from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
 from ..structure.portable import misfit

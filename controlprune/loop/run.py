@@ -34,14 +34,14 @@ from ..plant.plant import Plant
 from ..policies.base import Decision, Observation, Policy
 from ..state.checkpoint import Checkpoints
 from ..structure.groups import Structure, widths_of
-from . import saved
+from . import saved, together
 from .cadence import Strangers
 from .ends import abandon, apply_to_all
 from .history import Record, history_of
 from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
 from .recompile import Layouts, compilations, progress
-from .replicas import Replicas, digest, is_sharded, unwrapped
+from .replicas import Replicas, is_sharded
 from .telling import News, tell_attached
 
 __all__ = ["Run", "attached", "require_unattached"]
@@ -113,7 +113,7 @@ class Run:
             return
         self.layouts.compiled = True  # its shapes never change
         self.replicas.join(self.plant.group, next(iter(self.plant.tensors().values())).device)
-        self.replicas.mean([], self.fingerprint)
+        self.replicas.mean([], together.fingerprint(self))
         if not self.replicas.agree:
             raise ValueError(
                 "attach: its arguments differ between ranks; give the same, and one seed, on all"
@@ -183,9 +183,9 @@ class Run:
         if trouble:
             warnings.warn(f"controlprune: nothing is controlled: {trouble}", stacklevel=4)
         self.replicas.watch_for_ddp(self.model, self.replicate)
-        if self._due and self.intake.idle and self.replicas.alone:
+        if self.due and self.intake.idle and self.replicas.alone:
             self.postponed = True
-        elif self._due:
+        elif self.due:
             self._update()
         elif full and self.replicas.alone:
             self.read()
@@ -193,14 +193,14 @@ class Run:
         self.overhead += time.process_time() - started
 
     @property
-    def _due(self) -> bool:
+    def due(self) -> bool:
         wanted = self.postponed or self.policy.wants(self.steps).decision
         return wanted and self.steps <= self.problem.total_steps
 
     def read(self) -> None:
         """Hand the steps since the last reading to the policy."""
         own, ran, rows = self.intake.unread()
-        losses, ran = self.replicas.mean([own, ran], self.fingerprint)
+        losses, ran = self.replicas.mean([own, ran], together.fingerprint(self))
         for step in self.intake.accept(own, losses, ran, rows):
             if math.isfinite(step.loss):
                 self.loss = step.loss
@@ -226,7 +226,7 @@ class Run:
         self.layouts.compiled |= compilations() > self._compiled_before
         self.read()
         if not self.replicas.agree:
-            self._repair()
+            together.repair(self)
         self.postponed = self.replicas.present < self.replicas.size or not self.intake.fresh
         if self.postponed:
             return
@@ -321,77 +321,16 @@ class Run:
         self.checkpoints.remove(small=small)
         attached.pop(self.plant.model, None)
 
-    # --- replicas -------------------------------------------------------------------------------
+    # --- as a follower of the other ranks (`loop/replicas.py`) -----------------------------------
 
     def replicate(self, ddp: nn.Module) -> None:
-        """`ddp` is DistributedDataParallel around the model: its ranks decide together from here on.
-
-        Called by `attach` when it is given the wrapper, and by itself at the wrapper's first forward.
-        """
-        inner, wrapper = unwrapped(ddp)
-        if wrapper is None:
-            raise TypeError(f"ddp={type(ddp).__name__}: give the DistributedDataParallel around the model")
-        if not any(module is self.model for module in inner.modules()):
-            raise ValueError("ddp: it wraps another model than the one that is attached")
-        self.replicas.meet(wrapper, self)
-        self.plant.read_later(self.replicas.when_reduced)
-        self.replicas.mean([], self.fingerprint)
-        if self.replicas.agree:
-            self.replicas.reshaped()
-        else:  # seeds that differ, say
-            self._take_over(0)
+        together.replicate(self, ddp)
 
     def step_absent(self) -> None:
-        """The other ranks made a step, this one has run out of data (`join`)."""
-        self.steps += 1
-        self.metering.step()
-        self.replicas.behind += 1
-        self.intake.without_data()
-        if self._due:
-            parts = [torch.zeros_like(part) for part in self.intake.unread()[:2]]
-            self.replicas.mean(parts, self.fingerprint, present=False)
-            self.intake.clear()
-            self.postponed = True
+        together.step_absent(self)
 
     def rejoin(self, source: int) -> None:
-        """The end of `join`: if a rank ran out of data before the others, all go on from rank `source`."""
-        if float(self.replicas.total(torch.tensor([float(self.replicas.behind)]))) > 0:
-            self._take_over(source)
-        self.replicas.behind = 0
-
-    def _repair(self) -> None:
-        if self.plant.group is not None:
-            raise RuntimeError(
-                f"step {self.steps}: the ranks that hold the shards do not agree on masks or statistics; "
-                "start again from the last checkpoint"
-            )
-        self.replicas.repairs += 1
-        warnings.warn(
-            f"controlprune: at step {self.steps} the replicas did not agree on masks or statistics; all "
-            "of them go on from rank 0's model, optimizer and controller",
-            stacklevel=5,
-        )
-        self._take_over(0)
-        self.event = "repair"
-
-    def _take_over(self, source: int) -> None:
-        """Model, optimizer and controller as they are on rank `source`."""
-        parts = [part for part in (self, self.model, self.plant.optimizer) if part is not None]
-        mine = self.replicas.rank == source
-        states = self.replicas.broadcast([p.state_dict() for p in parts] if mine else None, source)
-        if not mine:
-            for part, state in zip(parts, states, strict=True):
-                part.load_state_dict(state)
-        self.replicas.reshaped()
-
-    @property
-    def fingerprint(self) -> list[int]:
-        """Of all that decides: it is the same on every rank."""
-        if self.replicas.alone:
-            return []
-        plant = self.plant
-        found = [list(plant.masks), plant.compact, self.policy.state_dict()]
-        return digest([self.steps, self.survey.mark, *found])
+        together.rejoin(self, source)
 
 
 def _plant(

@@ -2,20 +2,25 @@
 
 Of a dense home `H` with dormant entries `D` (a bool tensor of its shape, from the masks), `H[D]` in
 row-major order is saved beside its shape: `''` -> the tensor's own, state key -> that of the optimizer,
-`key/shape` -> the shape. Live entries are the model's and the optimizer's own to save.
+`key/shape` -> the shape. Live entries are the model's and the optimizer's own to save. Beside them stand the
+masks (`mask/<group>`) and the layout (`compact`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from .layout import Cuts, Spot, along, at
+from ..structure.groups import Structure
+from .layout import Cuts, Spot, along, at, cuts_of
+from .masks import Masks, checked
 
-__all__ = ["check_packed", "pack", "unpack"]
+__all__ = ["pack", "parsed", "small_state_aside", "unpack"]
 
 
 def pack(spot: Spot) -> dict[str, Tensor]:
@@ -41,7 +46,7 @@ def unpack(spot: Spot, packed: Mapping[str, Tensor], device: torch.device) -> No
         home[_dormant_entries(spot, home)] = packed[key].to(home)
 
 
-def check_packed(spot: Spot, packed: Mapping[str, Tensor], cuts: Cuts, compact: bool) -> None:
+def _check_packed(spot: Spot, packed: Mapping[str, Tensor], cuts: Cuts, compact: bool) -> None:
     """Raise a ValueError unless `packed` is what `pack` gives for `spot` at `cuts`."""
     where = f"saved: what is parked of {spot.name!r}"
     needed = bool(cuts) if compact else bool(at(cuts, "dormant" if spot.is_parameter else "silent"))
@@ -65,3 +70,49 @@ def _dormant_entries(spot: Spot, home: Tensor) -> Tensor:
     for dim, index in at(along(spot.cuts, dims), "dormant").items():
         out.index_fill_(dim, index.to(home.device), True)
     return out
+
+
+def parsed(
+    saved: Mapping[str, Tensor], structure: Structure, spots: Sequence[Spot]
+) -> tuple[Masks, dict[str, dict[str, Tensor]]]:
+    """The masks and, per tensor, what is parked; every error of a foreign `saved` is raised here."""
+    names = structure.names
+    missing = {"compact", *(f"mask/{name}" for name in names)} - saved.keys()
+    if missing:
+        raise ValueError(f"saved: no {sorted(missing)[0]!r}; it was saved from another model")
+    masks = checked([saved[f"mask/{name}"] for name in names], structure)
+    packed: dict[str, dict[str, Tensor]] = {}
+    known: dict = {}
+    for spot in spots:
+        prefix = f"parked/{spot.name}/"
+        mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+        _check_packed(spot, mine, cuts_of(spot, masks, torch.device("cpu"), known), bool(saved["compact"]))
+        packed[spot.name] = mine
+    extra = len(saved) - 1 - len(names) - sum(map(len, packed.values()))
+    if extra:
+        raise ValueError(f"saved: {extra} tensors belong to no group of this model; it is another's")
+    return masks, packed
+
+
+@contextmanager
+def small_state_aside(
+    optimizer: Optimizer | None, spots: Sequence[Spot], tensors: Mapping[str, Tensor], masks: Masks
+) -> Iterator[None]:
+    """Optimizer state loaded in its compact shapes already is out of the way while tensors move."""
+    aside: list[tuple[dict[str, object], str, object]] = []
+    known: dict = {}
+    for spot in spots:
+        tensor = tensors[spot.name]
+        if optimizer is None or tensor not in optimizer.state:
+            continue
+        cuts = cuts_of(spot, masks, torch.device("cpu"), known)
+        small = tuple(len(cuts[d].live) if d in cuts else n for d, n in enumerate(spot.shape))
+        entries = optimizer.state[tensor]
+        for key, value in list(entries.items()):
+            if isinstance(value, Tensor) and value.shape == small and value.shape != tensor.shape:
+                aside.append((entries, key, entries.pop(key)))
+    try:
+        yield
+    finally:
+        for entries, key, value in aside:
+            entries[key] = value

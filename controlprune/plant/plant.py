@@ -20,8 +20,8 @@ of its own, `Plant(averaged.module, None, structure)`, and goes on averaging.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -36,13 +36,12 @@ from ..structure.standins import count_live
 from .gate_gradients import Gather, Later, gather, inner, per_unit, select_others
 from .hooks import Link
 from .layout import Spot, Switch, cuts_of, follow, move
+from .masks import Masks, all_on, checked
 from .optimizer import Factored, check_optimizer, factored, travelling
-from .parked import check_packed, pack, unpack
+from .parked import pack, parsed, small_state_aside, unpack
 from .rest import Rest
 
-__all__ = ["Plant", "checked", "named_tensors", "spots_of"]
-
-Masks = tuple[Tensor, ...]
+__all__ = ["Plant", "named_tensors", "spots_of"]
 
 
 class Plant:
@@ -63,7 +62,7 @@ class Plant:
     ) -> None:
         self.model, self.optimizer, self.structure = model, optimizer, structure
         self.park_on = None if park_on is None else torch.device(park_on)
-        self.masks: Masks = _all_on(structure)
+        self.masks: Masks = all_on(structure)
         self.compact = False
         self._hardened = False
         self._summed: Factored = frozenset()
@@ -188,7 +187,7 @@ class Plant:
 
     def release(self) -> None:
         """Back to dense with all learned weights; no hook is left, nothing is parked."""
-        self.apply(_all_on(self.structure), compact=False)
+        self.apply(all_on(self.structure), compact=False)
 
     def harden(self) -> None:
         """Compact for good: what is parked is dropped, model and optimizer are plain small ones."""
@@ -262,9 +261,10 @@ class Plant:
         The live weights are the model's own: load its state dict afterwards (its shapes fit then), or
         before if it was saved dense. The optimizer's may be loaded before or after.
         """
-        masks, packed = self._parsed(saved)
+        masks, packed = parsed(saved, self.structure, self._spots)
         compact = bool(saved["compact"])
-        with self._small_state_aside(masks):
+        tensors = self.tensors()
+        with small_state_aside(self.optimizer, self._spots, tensors, masks):
             self.apply(masks, compact=compact)
         tensors = self.tensors()
         with torch.no_grad():
@@ -272,47 +272,6 @@ class Plant:
                 unpack(spot, packed[spot.name], tensors[spot.name].device)
         self._unhook()
         self._hook(tensors)
-
-    def _parsed(self, saved: Mapping[str, Tensor]) -> tuple[Masks, dict[str, dict[str, Tensor]]]:
-        """The masks and, per tensor, what is parked; every error of a foreign `saved` is raised here."""
-        names = self.structure.names
-        missing = {"compact", *(f"mask/{name}" for name in names)} - saved.keys()
-        if missing:
-            raise ValueError(f"saved: no {sorted(missing)[0]!r}; it was saved from another model")
-        masks = checked([saved[f"mask/{name}"] for name in names], self.structure)
-        packed: dict[str, dict[str, Tensor]] = {}
-        known: dict = {}
-        for spot in self._spots:
-            prefix = f"parked/{spot.name}/"
-            mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
-            check_packed(spot, mine, cuts_of(spot, masks, torch.device("cpu"), known), bool(saved["compact"]))
-            packed[spot.name] = mine
-        extra = len(saved) - 1 - len(names) - sum(map(len, packed.values()))
-        if extra:
-            raise ValueError(f"saved: {extra} tensors belong to no group of this model; it is another's")
-        return masks, packed
-
-    @contextmanager
-    def _small_state_aside(self, masks: Masks) -> Iterator[None]:
-        """Optimizer state loaded in its compact shapes already is out of the way while tensors move."""
-        aside: list[tuple[dict[str, object], str, object]] = []
-        tensors = self.tensors()
-        known: dict = {}
-        for spot in self._spots:
-            tensor = tensors[spot.name]
-            if self.optimizer is None or tensor not in self.optimizer.state:
-                continue
-            cuts = cuts_of(spot, masks, torch.device("cpu"), known)
-            small = tuple(len(cuts[d].live) if d in cuts else n for d, n in enumerate(spot.shape))
-            entries = self.optimizer.state[tensor]
-            for key, value in list(entries.items()):
-                if isinstance(value, Tensor) and value.shape == small and value.shape != tensor.shape:
-                    aside.append((entries, key, entries.pop(key)))
-        try:
-            yield
-        finally:
-            for entries, key, value in aside:
-                entries[key] = value
 
     def _plan(self) -> tuple[Gather, dict[str, Tensor]]:
         """Which positions of which reader tensors tell of which unit, worked out once per layout."""
@@ -375,27 +334,3 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-
-
-def _all_on(structure: Structure) -> Masks:
-    return tuple(torch.ones(group.size, dtype=torch.bool) for group in structure.groups)
-
-
-def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
-    """Own CPU copies of `masks`, or an error that names the group."""
-    if len(masks) != len(structure.groups):
-        raise ValueError(f"masks: got {len(masks)} for {len(structure.groups)} groups; give one for each")
-    for mask, group in zip(masks, structure.groups, strict=True):
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"masks: {group.name!r} is {kind}; give a torch.bool tensor, True = active")
-        if mask.shape != (group.size,):
-            raise ValueError(f"masks: {group.name!r} has shape {tuple(mask.shape)}, not ({group.size},)")
-        if not mask.any():
-            raise ValueError(f"masks: {group.name!r} has no active unit; leave at least one")
-        if (live := int(mask.sum())) % group.multiple and live < group.size:
-            raise ValueError(
-                f"masks: {group.name!r} has {live} active units; the model's code takes multiples of "
-                f"{group.multiple}, or all {group.size}"
-            )
-    return tuple(mask.detach().to("cpu", copy=True) for mask in masks)
