@@ -28,7 +28,7 @@ def read_cache(kind: str, folder: Path | None = None) -> dict[str, Any]:
     """Everything known of this kind: key -> value."""
     try:
         known = json.loads(_file(kind, folder).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

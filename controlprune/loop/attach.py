@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from ..budget import GAUGED, MEASURED, Budget, Price, require_budget
@@ -83,6 +84,8 @@ def attach(
         traced = example_inputs
     else:
         traced = trace(model, example_inputs, ignored_layers=ignored_layers)
+    if traced.batch < 1:
+        raise ValueError("example_inputs: the batch is empty; give one of at least one example")
     structure = traced.structure
     _check_optimizer_covers(model, stepper, structure)
     if not sharded:
@@ -190,6 +193,12 @@ def _check_arguments(model: object, budget: object, total_steps: object, policy:
         raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"model: its parameter {lazy[0]!r} has no shape yet (a lazy module); run one forward pass first, "
+            "and give the optimizer the parameters that it made"
+        )
     require_budget(budget)
     require_steps(total_steps)
     if not callable(getattr(policy, "begin", None)):

@@ -36,4 +36,7 @@ def abandon(plant: Plant, followers: Sequence[Plant], handles: Sequence[Removabl
     if not all(bool(mask.all()) for mask in plant.masks):
         log.warning("a controller was dropped without finalize() or detach(): its model is dense again")
     for one in (plant, *followers):
-        one.release()
+        try:
+            one.release()
+        except RuntimeError as error:
+            log.warning("a model could not be made dense again: %s", error)

@@ -54,12 +54,19 @@ def save(controller: Controller, path: str | Path) -> None:
             "controller: its parameters are sharded; small = controller.finalize(into=model) gives the small "
             "model, whose state_dict can be saved"
         )
+    own = {**dict(plant.model.named_parameters()), **dict(plant.model.named_buffers())}
+    changed = sorted(own.keys() ^ plant.structure.tensors.keys())
+    tensors = {} if changed else compact_copies(plant)
+    if wrong := changed[0] if changed else _misfit(plant.structure, plant.masks, tensors, own):
+        raise ValueError(
+            f"controller: its model was changed since: {wrong!r} is not as it was traced and cut; put back "
+            "what was replaced or added, or save the model's own state_dict"
+        )
     header = {
         "format": FORMAT,
         "structure": structure_to_json(plant.structure),
         "masks": masks_to_json(plant.structure, plant.masks),
     }
-    tensors = compact_copies(plant)
     with replacing(path) as part:
         try:
             save_file(tensors, str(part), metadata=signed(header, tensors))
@@ -70,15 +77,16 @@ def save(controller: Controller, path: str | Path) -> None:
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """`model` (dense, of the class that was saved) at the saved widths with the saved tensors."""
     require_unattached(model)
-    structure, masks, tensors = _read(Path(path))
+    structure, active, tensors = _read(Path(path))
     if wrong := misfit(structure, model):
         raise ValueError(
             f"model: {wrong}; {str(path)!r} was saved from another one: give a dense model of the same class "
             "and configuration"
         )
+    masks = _masks(path, structure, active)  # nothing is made by a claim before it is the model's own
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if wrong := _misfit(structure, masks, tensors, own):
-        raise ValueError(f"path={str(path)!r}: {wrong} does not fit the model")
+        raise ValueError(f"path={str(path)!r}: {wrong!r} does not fit the model")
     plant = Plant(model, None, structure)
     plant.apply(masks, compact=True)
     plant.harden()
@@ -94,7 +102,7 @@ def signed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     return {"controlprune": text, "checksum": checksum([text, dict(tensors)])}
 
 
-def _read(path: Path) -> tuple[Structure, Masks, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Structure, Any, dict[str, Tensor]]:
     """What the file says, checked in itself; ValueError names it."""
     metadata, tensors = _content(path)
     if "controlprune" not in metadata:
@@ -117,10 +125,16 @@ def _read(path: Path) -> tuple[Structure, Masks, dict[str, Tensor]]:
         )
     try:
         structure = structure_from_json(header["structure"])
-        masks = tuple(masks_from_json(structure, header["masks"]))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
-    return structure, masks, tensors
+    return structure, header.get("masks"), tensors
+
+
+def _masks(path: str | Path, structure: Structure, active: Any) -> Masks:
+    try:
+        return tuple(masks_from_json(structure, active))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
 
 
 def _content(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

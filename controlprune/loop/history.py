@@ -187,6 +187,8 @@ class History:
             if tuple(state[key]) != getattr(self, key):
                 raise ValueError(f"history of other groups: {key} {state[key]}, here {getattr(self, key)}")
         self._restore(state, state["rows"])
+        if self._stream is not None:
+            self.stream(self._stream)  # the rows of the run that goes on, and no others
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -201,6 +203,7 @@ class History:
         }
 
     def _restore(self, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        _require_header(header)
         records = [_record(row) for row in rows]
         for record in records:
             self._check(record)
@@ -237,6 +240,26 @@ def history_of(problem: Problem) -> History:
     return History(structure.names, structure.sizes, problem.budget, problem.total_steps, refused=refused)
 
 
+def _require_header(header: Mapping[str, Any]) -> None:
+    """ValueError or TypeError unless it says what a header says."""
+    if not (_counts(header["sizes"]) and all(isinstance(name, str) for name in header["names"])):
+        raise ValueError(f"names {header['names']!r:.80} or sizes {header['sizes']!r:.80}")
+    if not (_counts([header["stride"], header["filled"], header["total_steps"]]) and header["stride"] >= 1):
+        raise ValueError(f"stride {header['stride']!r:.80} or filled {header['filled']!r:.80}")
+    if not _numbers(header["budget"]):
+        raise ValueError(f"budget {header['budget']!r:.80}")
+
+
+def _counts(values: Any) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, Mapping) and all(
+        isinstance(k, str) and type(v) in (int, float) for k, v in values.items()
+    )
+
+
 def _row(record: Record) -> dict[str, Any]:
     return {name: _plain(value) for name, value in vars(record).items()}
 
@@ -254,7 +277,18 @@ def _record(row: Mapping[str, Any]) -> Record:
     if missing := {"step", "loss", "active", "widths", "off", "on"} - row.keys():
         raise ValueError(f"a row of the history lacks {sorted(missing)}")
     known = {field.name for field in fields(Record)}
-    return Record(**{name: _restored(value) for name, value in row.items() if name in known})
+    record = Record(**{name: _restored(value) for name, value in row.items() if name in known})
+    counted = (record.active, record.widths, record.off, record.on)
+    plain = (record.loss, record.seconds, record.overhead_seconds)
+    if not (
+        all(isinstance(values, tuple) and _counts(values) for values in counted)
+        and all(map(_numbers, (record.price, record.reference, record.realised)))
+        and all(type(value) in (int, float) for value in plain)
+        and _counts([record.step])
+        and isinstance(record.event, str)
+    ):
+        raise ValueError(f"a row of the history is none: step {record.step!r:.80}")
+    return record
 
 
 def _restored(value: Any) -> Any:
@@ -272,5 +306,5 @@ def _line(value: Mapping[str, Any]) -> str:
 def _parse(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None

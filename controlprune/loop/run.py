@@ -50,10 +50,15 @@ attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Run]] = weakref.WeakK
 
 
 def require_unattached(model: nn.Module) -> None:
-    """RuntimeError if a controller is at work on this model."""
-    reference = attached.get(model)
-    if reference is not None and reference() is not None:
-        raise RuntimeError("model: a controller is attached to it; call its finalize() or detach() first")
+    """RuntimeError if a controller is at work on this model, or on parameters of it."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for other, reference in attached.items():
+        if reference() is None or own.isdisjoint(id(parameter) for parameter in other.parameters()):
+            continue
+        whose = "it" if other is model else f"a {type(other).__name__} that shares parameters with it"
+        raise RuntimeError(
+            f"model: a controller is attached to {whose}; call its finalize() or detach() first"
+        )
 
 
 class Run:

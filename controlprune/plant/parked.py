@@ -20,7 +20,7 @@ from ..structure.groups import Structure
 from .layout import Cuts, Spot, along, at, cuts_of
 from .masks import Masks, checked
 
-__all__ = ["pack", "parsed", "small_state_aside", "unpack"]
+__all__ = ["escaped", "pack", "parsed", "small_state_aside", "unpack"]
 
 
 def pack(spot: Spot) -> dict[str, Tensor]:
@@ -58,9 +58,16 @@ def _check_packed(spot: Spot, packed: Mapping[str, Tensor], cuts: Cuts, compact:
         shape = packed[f"{key}/shape"].tolist() if f"{key}/shape" in packed else None
         if shape is None or len(shape) != len(spot.shape) or (not key and shape != list(spot.shape)):
             raise ValueError(f"{where} ({key!r}) has shape {shape}, the tensor here {list(spot.shape)}")
+        if any(n not in (1, dense) for n, dense in zip(shape, spot.shape, strict=True)):
+            raise ValueError(f"{where} ({key!r}) has shape {shape}, which does not follow the tensor's")
         live = [len(cuts[d].live) if d in cuts and n == spot.shape[d] else n for d, n in enumerate(shape)]
         if values.shape != (math.prod(shape) - math.prod(live),):
             raise ValueError(f"{where} ({key!r}) has {tuple(values.shape)} entries, not what its masks say")
+
+
+def escaped(name: str) -> str:
+    """A tensor's name without a slash, which parts it from what is parked."""
+    return name.replace("%", "%25").replace("/", "%2F")
 
 
 def _dormant_entries(spot: Spot, home: Tensor) -> Tensor:
@@ -84,7 +91,7 @@ def parsed(
     packed: dict[str, dict[str, Tensor]] = {}
     known: dict = {}
     for spot in spots:
-        prefix = f"parked/{spot.name}/"
+        prefix = f"parked/{escaped(spot.name)}/"
         mine = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
         _check_packed(spot, mine, cuts_of(spot, masks, torch.device("cpu"), known), bool(saved["compact"]))
         packed[spot.name] = mine

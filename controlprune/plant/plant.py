@@ -38,7 +38,7 @@ from .hooks import Link
 from .layout import Spot, Switch, cuts_of, follow, move
 from .masks import Masks, all_on, checked
 from .optimizer import Factored, check_optimizer, factored, travelling
-from .parked import pack, parsed, small_state_aside, unpack
+from .parked import escaped, pack, parsed, small_state_aside, unpack
 from .rest import Rest
 
 __all__ = ["Plant", "named_tensors", "spots_of"]
@@ -112,6 +112,11 @@ class Plant:
         masks = checked(masks, self.structure)
         self.follow_tensors()
         tensors = self.tensors()
+        if missing := [spot.name for spot in self._spots if spot.name not in tensors]:
+            raise RuntimeError(
+                f"model: its tensor {missing[0]!r} is gone: replaced, pruned or parametrized by others since "
+                "the controller was attached; undo that, or detach before and attach anew after it"
+            )
         self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
         changed = {
@@ -123,7 +128,8 @@ class Plant:
         if not changed and switch.now == switch.then:
             return
         known: dict = {}
-        with ExitStack() as undo, torch.no_grad():
+        # what is made here is trained on, whoever calls
+        with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
             undo.callback(self._set, self.masks, self.compact, tensors)
             self._unhook()
             for spot in (s for s in self._spots if s.groups & changed):
@@ -252,7 +258,7 @@ class Plant:
         found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
         found["compact"] = torch.tensor(self.compact)
         for spot in self._spots:
-            found |= {f"parked/{spot.name}/{key}": value for key, value in pack(spot).items()}
+            found |= {f"parked/{escaped(spot.name)}/{key}": value for key, value in pack(spot).items()}
         return found
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:

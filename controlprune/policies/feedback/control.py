@@ -145,12 +145,14 @@ class ControlLoop(Policy):
     def _first(self) -> Decision | None:
         """Where to begin: nothing to do (dense), or the uniform allocation at `start`, units at random."""
         start, budget = self.control.start, self.problem.budget
-        if start is None or not (budget or self.problem.totals):
-            return None
+        if start is None or not (budget or (self.problem.totals and start != "budget")):
+            return None  # a budget of run totals alone says nothing of a step: the plan meets it
         above = [] if start == "budget" else [(start - r) / (1.0 - r) for r in budget.values() if r < 1.0]
         self.reference.begin_at(max(0.0, *above, 0.0))
         asked = self.reference.asked(0.0)
         limits = self.reference.modelled(asked)
+        if not limits and start != "budget":
+            limits = dict.fromkeys(self.problem.costs, float(start))
         self.reference.solved(asked)
         masks = []
         for size, width in zip(
