@@ -92,9 +92,12 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
     "no masks": (lambda h, t: h["masks"].clear(), "header"),
     "a unit too many": (lambda h, t: h["masks"].update({"0": [99]}), "header"),
     "no unit": (lambda h, t: h["masks"].update({"0": []}), "header"),
-    "a tensor short": (lambda h, t: t.pop("3.bias"), r"3\.bias does not fit"),
-    "a tensor more": (lambda h, t: t.update(extra=torch.zeros(2)), "extra does not fit"),
-    "a tensor of another shape": (lambda h, t: t.update({"5.bias": torch.zeros(9)}), r"5\.bias does not fit"),
+    "a tensor short": (lambda h, t: t.pop("3.bias"), r"'3\.bias' does not fit"),
+    "a tensor more": (lambda h, t: t.update(extra=torch.zeros(2)), "'extra' does not fit"),
+    "a tensor of another shape": (
+        lambda h, t: t.update({"5.bias": torch.zeros(9)}),
+        r"'5\.bias' does not fit",
+    ),
     "other masks": (lambda h, t: h["masks"].update({"0": [0, 1]}), "does not fit"),
 }
 
