@@ -153,7 +153,8 @@ def _parse(resource: str, value: object, units: Mapping[str, float], amount_like
 
 @dataclass(frozen=True)
 class Resource:
-    """A resource of the user's own, for `Budget(own={resource: limit})`.
+    """A resource of the user's own, for `Budget(own={resource: limit})`: `name`, and the `unit` of its
+    amounts.
 
     `cost`: from what the traced model uses (cost/uses.py: `flops`, `params`, `elements(name)`, polynomials in
     the widths, to be added and scaled) to the use, in `unit`. `measure`: what a copy of the live net really
@@ -177,7 +178,13 @@ class Resource:
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits that are all met together; see the module for what each may be."""
+    """Limits that are all met together: fractions of dense in (0, 1], "60%", or amounts with their unit.
+
+    `flops`: of one forward pass on the example inputs ("1.2 GFLOP"; 1 MAC = 2 FLOP). `params`: elements
+    ("1.2 M"). `memory`: peak of one training step ("64 MiB"). `latency`, `energy`: of one forward pass,
+    measured ("3 ms", "0.8 J"). `train_flops`, `train_time`, `train_energy`: sums over the whole run ("3
+    PFLOP", "2 h", "0.5 kWh"). `own`: limits on resources of your own, {Resource: limit}.
+    """
 
     flops: float | str | None = None
     params: float | str | None = None
@@ -187,7 +194,7 @@ class Budget:
     train_flops: float | str | None = None
     train_time: float | str | None = None
     train_energy: float | str | None = None
-    own: Mapping[Resource, float | str] = field(default_factory=dict, hash=False)  # resources of the user's
+    own: Mapping[Resource, float | str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.own, Mapping) or not all(isinstance(r, Resource) for r in self.own):
@@ -220,7 +227,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Price:
-    """Loss per dense use of each resource, in place of a limit: finite and > 0."""
+    """What a dense use of each resource is worth in loss, in place of a limit: finite and > 0.
+
+    At `flops=0.1` a tenth of the dense FLOPs is worth a rise of the loss of 0.01; likewise `params`,
+    `memory`, `latency` and `energy`, each of what `Budget` says.
+    """
 
     flops: float | None = None
     params: float | None = None

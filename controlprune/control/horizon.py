@@ -66,17 +66,25 @@ class HorizonState:
 
 @dataclass(frozen=True)
 class Horizon:
-    """Settings, see the module; a drop-in for `control.ramp.Plan`. Times are fractions of the horizon."""
+    """Settings of the receding horizon, a drop-in for `Plan`. Times are fractions of the run.
+
+    `earliest`, `deadline`: when the cut may begin and must be over. `saving`: the relative rise of the loss
+    that a dense run's compute is worth. `mistrust`: how much of a dose on values that have not settled
+    never heals; `settling`: the time in which 1 − stability halves. `bend`: cost of large doses. `budget`:
+    β that `saving` and `total` count with (in a run, the tightest one asked for). `total`: limit on the
+    run's compute, fraction of dense. `healing`, `damage`: ρ and κ that are believed before anything is
+    seen; `forgetting`: memory of their recursive least squares, per update.
+    """
 
     earliest: float = 0.02
     deadline: float = 0.5
     saving: float = 0.1
     mistrust: float = 0.5
-    settling: float = 0.05  # in which 1 − stability halves
+    settling: float = 0.05
     bend: float = 5.0
-    budget: float = 0.5  # β that `saving` and `total` count with; in a run, the tightest one asked for
+    budget: float = 0.5
     total: float | None = None
-    healing: float = 0.9  # ρ and κ that are believed before anything is seen
+    healing: float = 0.9
     damage: float = 0.5
     forgetting: float = 0.98
 

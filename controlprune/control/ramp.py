@@ -48,7 +48,14 @@ class PlanState:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, see the module. `update` is called once per controller update, with τ not falling."""
+    """When and how fast the budget is approached. Times are fractions of the run.
+
+    `earliest`: before it nothing is cut. `latest`: from here on it is, settled or not. `deadline`: by then
+    the budget is reached. `duration`: from the start of the cut to the budget if nothing holds it. `flat`:
+    relative fall of the loss up to which it counts as settled. `agreement`: of values between windows from
+    which they do (1: the same ranking). `tolerance`: rise of the loss, in units of its scatter, at which
+    the cut waits; inf never waits. `update` is called once per controller update, with τ not falling.
+    """
 
     earliest: float = 0.03
     latest: float = 0.15

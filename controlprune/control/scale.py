@@ -39,11 +39,15 @@ class ObserverState:
 
 @dataclass(frozen=True)
 class Observer:
-    """Settings: how wrong the model is believed to be, and how fast that changes."""
+    """How wrong the model of a measured resource is believed to be, and how fast that changes.
 
-    doubt: float = 0.3  # relative error of the model before anything is measured
-    drift: float = 0.05  # by which s moves between two measurements
-    spread: float = 0.05  # least relative error that a measurement is believed to have
+    `doubt`: relative error of the model before anything is measured. `drift`: by which measured over modelled
+    moves between two measurements. `spread`: least relative error that a measurement is believed to have.
+    """
+
+    doubt: float = 0.3
+    drift: float = 0.05
+    spread: float = 0.05
 
     def __post_init__(self) -> None:
         for name, least in (("doubt", 0.0), ("drift", 0.0), ("spread", 1e-9)):

@@ -10,14 +10,15 @@ __all__ = ["Measurement"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """`use` of one forward or one step at `widths`, as a fraction of dense, and its relative error.
+    """`use` of a `resource` by a forward or a step, fraction of dense, and its relative error `spread`.
 
-    Of a run total besides: what is `spent` and what may be in all, as fractions of a dense run.
+    `widths`: of the tensors when it was taken. `use` is nan where nothing is known at these widths. Of a run
+    total besides: what is `spent`, and the `limit` on it, as fractions of a dense run.
     """
 
     resource: str
-    widths: tuple[int, ...]  # in the tensors when it was taken
-    use: float  # nan: not known since the tensors have these widths
+    widths: tuple[int, ...]
+    use: float
     spread: float
     spent: float = 0.0
     limit: float = math.inf

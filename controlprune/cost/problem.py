@@ -102,22 +102,31 @@ def require_steps(total_steps: object) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attached model, in numbers. Resources are fractions of dense unless said otherwise."""
+    """One attached model, in numbers: what is to be solved, for every policy.
+
+    `structure`: its groups. Per resource: `costs`, C_k(n) in its unit; `dense`, C_k(N); `budget`, the
+    target as a fraction of dense (empty under a Price); `prices`, loss per dense use (empty under a
+    Budget); `totals`, those that are sums over the run; `measured`, those whose cost is a model that
+    measurements correct. Per group: `steps`, of its width; `grains`, what every width must be a multiple of
+    whatever the step; `floors`, the least width. Of the run: `total_steps`; `batch`, examples in the
+    example inputs (taken for the mini-batch until one was seen); `seed`. Of the model: `flops` of one dense
+    forward pass on the example inputs; `elements`, numbers in all readers, which one observation reads.
+    """
 
     structure: Structure
-    costs: Mapping[str, Polynomial]  # resource -> C_k(n), absolute
-    dense: Mapping[str, float]  # resource -> C_k(N)
-    budget: Mapping[str, float]  # resource -> target, fraction of dense; empty under a Price
-    prices: Mapping[str, float]  # resource -> given price, loss per dense use; empty under a Budget
-    totals: frozenset[str]  # resources under budget that are sums over the run
-    measured: frozenset[str]  # resources whose cost is a model that measurements correct
-    steps: tuple[int, ...]  # width step per group
-    grains: tuple[int, ...]  # what every width must be a multiple of, whatever the step
+    costs: Mapping[str, Polynomial]
+    dense: Mapping[str, float]
+    budget: Mapping[str, float]
+    prices: Mapping[str, float]
+    totals: frozenset[str]
+    measured: frozenset[str]
+    steps: tuple[int, ...]
+    grains: tuple[int, ...]
     floors: tuple[int, ...]
     total_steps: int
-    batch: int  # examples in the example inputs: what is taken for the mini-batch until one was seen
-    flops: float  # of one dense forward pass on the example inputs
-    elements: int  # numbers in all readers: what one observation reads
+    batch: int
+    flops: float
+    elements: int
     seed: int
 
     def split(self, vector: Tensor) -> tuple[Tensor, ...]:

@@ -33,7 +33,7 @@ UPDATES = 60  # decisions in a run, where a policy does not say when
 
 @dataclass(frozen=True)
 class Wants:
-    """What is needed of one step."""
+    """What is needed of one step: its `gradients` to be read, a `decision` to be asked for after it."""
 
     gradients: bool = False
     decision: bool = False
@@ -41,27 +41,37 @@ class Wants:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known after a step (`sees`), and of the net as it stands (`decide`)."""
+    """What is known after a step (`sees`), and of the net as it stands (`decide`).
+
+    `step`: how many are done. `loss`: nan where it is not given or no step was good yet. `gradients`: ∂L/∂g
+    of every unit, NaN where it is absent; None: not read. In `decide` only: `norms`, Σ w² over the columns
+    that read each unit; `masks` per group, True = active; `compact`, are the others out of the tensors?;
+    `measurements` since the last decision; `final`, the run ends with this one.
+    """
 
     step: int
-    loss: float  # nan: not given, or no step was good yet
-    gradients: Tensor | None = None  # ∂L/∂g of every unit, NaN where it is absent; None: not read
-    norms: Tensor | None = None  # Σ w² over the columns that read each unit; in `decide` only
-    masks: tuple[Tensor, ...] = ()  # per group, True = active; in `decide` only
-    compact: bool = False  # are the others out of the tensors?
-    measurements: tuple[Measurement, ...] = ()  # what was measured since the last decision
-    final: bool = False  # the run ends with this decision
+    loss: float
+    gradients: Tensor | None = None
+    norms: Tensor | None = None
+    masks: tuple[Tensor, ...] = ()
+    compact: bool = False
+    measurements: tuple[Measurement, ...] = ()
+    final: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the plant is to become: masks per group, physically shrunk or not; and what it was based on."""
+    """What the plant is to become, and what that was based on.
+
+    `masks` per group, True = active. `compact`: physically shrunk. For the history: `reference`, what was
+    asked of each resource, fraction of dense; `price`, loss per dense use of it; `event`, a word.
+    """
 
     masks: tuple[Tensor, ...]
     compact: bool = True
-    reference: Mapping[str, float] = field(default_factory=dict)  # resource -> asked for, fraction of dense
-    price: Mapping[str, float] = field(default_factory=dict)  # resource -> loss per dense use
-    event: str = ""  # for the history
+    reference: Mapping[str, float] = field(default_factory=dict)
+    price: Mapping[str, float] = field(default_factory=dict)
+    event: str = ""
 
 
 class Policy(ABC):

@@ -51,7 +51,11 @@ class Cubic(Plan):
 
 @dataclass(frozen=True, kw_only=True)
 class Gradual(Rule):
-    """`start`, `end`: shares of the run between which units go."""
+    """`start`, `end`: shares of the run between which units go.
+
+    `by`: what ranks them, the "norm" of their readers or its growth, "movement". `update_every`: steps.
+    `shrink=False`: masks only.
+    """
 
     start: float = 0.1
     end: float = 0.6

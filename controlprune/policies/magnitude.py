@@ -22,7 +22,7 @@ __all__ = ["Magnitude"]
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Rule):
-    """`at`: the share of the run after which units are cut."""
+    """`at`: the share of the run after which units are cut. `shrink=False`: masks only."""
 
     at: float = 0.5
 

@@ -35,7 +35,10 @@ def cosine(drop: float, progress: float, until: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class RigL(Rule):
-    """`drop`: α. `until`: T_end as a share of the run. `look`: steps that gradients are summed over."""
+    """`drop`: α. `until`: T_end as a share of the run. `look`: steps that gradients are summed over.
+
+    `update_every`: ΔT in steps; None lets the horizon decide. `shrink=False`: masks only.
+    """
 
     drop: float = 0.3
     until: float = 0.75

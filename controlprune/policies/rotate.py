@@ -32,7 +32,11 @@ __all__ = ["Rotation"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation(Rule):
-    """`active`: n_g/N_g. `period`: steps. `turn`: the share of the live units that leave at once."""
+    """`active`: n_g/N_g. `period`: steps. `turn`: the share of the live units that leave at once.
+
+    `final`: what `finalize` gives, the whole net ("dense") or the live one ("small"). `shrink=False`: masks
+    only.
+    """
 
     active: float = 0.2
     period: int | None = None

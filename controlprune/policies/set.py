@@ -32,7 +32,10 @@ def regrow(norm: Tensor, on: Tensor, gain: Tensor, width: int, drop: int) -> Ten
 
 @dataclass(frozen=True, kw_only=True)
 class SET(Rule):
-    """`drop`: ζ. `until`: the share of the run after which masks hold."""
+    """`drop`: ζ. `until`: the share of the run after which masks hold. `update_every`: steps.
+
+    `shrink=False`: masks only.
+    """
 
     drop: float = 0.3
     until: float = 1.0

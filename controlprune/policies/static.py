@@ -23,7 +23,9 @@ __all__ = ["Static"]
 
 @dataclass(frozen=True, kw_only=True)
 class Static(Rule):
-    """`batches`: steps whose gradients "snip" adds up."""
+    """`by`: which units stay, "random" ones or those of most |∂L/∂g| at first ("snip", over `batches` steps).
+    `shrink=False`: masks only.
+    """
 
     by: Literal["random", "snip"] = "random"
     batches: int = 1

@@ -36,16 +36,22 @@ class PIState:
 
 @dataclass(frozen=True)
 class PI:
-    """Settings. The default gains are `design(Response(gain=0.3, delay=1), delay_margin=8)`."""
+    """A price regulator; it acts where the price steers, under `Control(invert=False)`.
 
-    integral: float = 0.551  # K_I, per update
-    proportional: float = 0.0  # K_P
-    smoothing: float = 0.0  # ν
+    `integral`: K_I, per update. `proportional`: K_P. `smoothing`: ν, in (−1, 1). `initial`, `low`, `high`:
+    the price at first, and what it is clipped to. `log_scale`: regulate log λ, else λ. `rate`: the largest
+    change of what is regulated per update. The default gains are `design(Response(gain=0.3, delay=1),
+    delay_margin=8)`.
+    """
+
+    integral: float = 0.551
+    proportional: float = 0.0
+    smoothing: float = 0.0
     initial: float = 1.0
     low: float = 1e-8
     high: float = 1e6
     log_scale: bool = True
-    rate: float = math.inf  # largest |u_{t+1} − u_t|
+    rate: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("integral", "proportional"):

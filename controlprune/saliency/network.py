@@ -47,17 +47,24 @@ TINY = 1e-30  # of squares of gradients, which may be of any unit
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of every unit (vectors of length U) and of the run (floats)."""
+    """What is known of every unit (vectors of length U) and of the run (floats).
+
+    `mean`, `curvature`: of its gate gradient, first and second moment over `seen` observations. `weight`:
+    squared norm of the columns that read it. `movement`: −Σ_t g, under gradient flow the growth of ½ that
+    norm over the rate. `cost`: its marginal cost, fraction of dense, summed over budgeted resources. `age`:
+    steps since it was last switched, fraction of the horizon. `on`: is it (bool)? `group`: number of its
+    group (int64). `loss_slope`: relative fall of the loss; `progress`: the part of the run that has passed.
+    """
 
     mean: Tensor
     curvature: Tensor
-    weight: Tensor  # squared norm of the columns that read the unit
-    movement: Tensor  # −Σ_t g: under gradient flow the growth of ½ that norm, over the rate
-    seen: Tensor  # observations behind mean and curvature
-    cost: Tensor  # marginal cost of the unit, fraction of dense, summed over budgeted resources
-    age: Tensor  # steps since it was last switched, fraction of the horizon
-    on: Tensor  # bool
-    group: Tensor  # group number (int64)
+    weight: Tensor
+    movement: Tensor
+    seen: Tensor
+    cost: Tensor
+    age: Tensor
+    on: Tensor
+    group: Tensor
     loss_slope: float
     progress: float
 

@@ -22,7 +22,7 @@ __all__ = ["Traced", "trace"]
 
 @dataclass(frozen=True)
 class Traced:
-    """What one forward pass told: the structure of the model, and how many examples it was given."""
+    """What one forward pass told: the `structure` of the model; `batch`, the examples it was given."""
 
     structure: Structure
     batch: int

@@ -66,26 +66,37 @@ __all__ = ["Control", "ControlLoop"]
 
 @dataclass(frozen=True)
 class Control(Policy):
-    """Settings of the feedback policy. Steps are optimizer steps; `None` lets the horizon decide."""
+    """Settings of the feedback policy. Steps are optimizer steps; `None` lets the horizon decide.
+
+    `plan`: when the cut is made (`Plan`, or `Horizon`); `stages`: steps of the reference on its way down.
+    `start`: fraction of dense to begin at, or "budget"; None: dense. `value`: of every unit, > 0; None: the
+    second-order score; `learned`: the gate network over it. `observer`: of what is known only by measuring
+    it. `update_every`, `observe_every`: steps between decisions, between observations. `revise_every`:
+    updates between revisions of the masks at the budget, at least; 0: never. `looks`: share of the run's
+    compute that looks at absent units may take; 0: none. `dwell`: updates that a switched unit keeps its
+    state. `hysteresis`: by how much a newcomer must be worth more than a unit that is on. `freeze`:
+    fraction of the run after which masks hold. `shrink=False`: masks only. `invert=False`: the price steers
+    and not the limit, set by `regulator`, "auto" or a `PI`.
+    """
 
     plan: Plan | Horizon = field(
         default_factory=lambda: Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)
     )
-    regulator: Regulator = "auto"  # of the price; see policies/feedback/pricing.py
-    observer: Observer = field(default_factory=Observer)  # of what is known only by measuring it
+    regulator: Regulator = "auto"
+    observer: Observer = field(default_factory=Observer)
     invert: bool = True
-    learned: bool = False  # the gate network over the second-order score
-    value: Callable[[Statistics], Tensor] | None = None  # of every unit, > 0; None: the second-order score
-    start: float | Literal["budget"] | None = None  # fraction of dense to begin at; None: dense
-    stages: int = 6  # steps of the reference on its way down
+    learned: bool = False
+    value: Callable[[Statistics], Tensor] | None = None
+    start: float | Literal["budget"] | None = None
+    stages: int = 6
     update_every: int | None = None
     observe_every: int | None = None
-    revise_every: int = 7  # updates between revisions of the masks at the budget, at least; 0: never
-    looks: float = 0.01  # share of the run's compute that looks at absent units may take; 0: none
-    dwell: int = 3  # updates that a switched unit keeps its state
-    hysteresis: float = 0.3  # by how much a newcomer must be worth more than a unit that is on
-    freeze: float = 0.75  # fraction of the horizon after which masks hold
-    shrink: bool = True  # False: masks only
+    revise_every: int = 7
+    looks: float = 0.01
+    dwell: int = 3
+    hysteresis: float = 0.3
+    freeze: float = 0.75
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         for name in ("update_every", "observe_every"):
