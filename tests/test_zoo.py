@@ -74,8 +74,8 @@ def _trains_alike(name: str) -> None:
     model, inputs = MODELS[name]()
     model = scatter(model.eval())
     structure = analyse(model, inputs)
-    assert residual.residual_groups(structure), [r for r in structure.refused if r.size == residual.WIDTH]
-    assert residual.apart_after(5, model, inputs, structure) < 1e-7
+    assert residual.residual_groups(structure), structure.refused
+    assert residual.apart_after(5, model, inputs, structure) < 1e-5  # some norms compute in float32
 
 
 @pytest.mark.parametrize("name", [name for name in residual.FEW if name in MODELS])
