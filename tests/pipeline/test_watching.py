@@ -119,11 +119,11 @@ def calls_of_modules(tree: ast.AST) -> Iterator[str]:
         called = node.func
         name = called.id if isinstance(called, ast.Name) else getattr(called, "attr", "")
         on = ast.unparse(called.value) if isinstance(called, ast.Attribute) else ""
-        if name in {"forward", "__call__", "_call_impl", "call_model", "functional_call"}:
-            yield ast.unparse(node)
-        elif isinstance(called, ast.Name) and name in (MODULES | typed):
-            yield ast.unparse(node)
-        elif name in {"model", "module"} and on.startswith(("self", "run", "plant", "controller")):
+        if (
+            name in {"forward", "__call__", "_call_impl", "call_model", "functional_call"}
+            or (isinstance(called, ast.Name) and name in (MODULES | typed))
+            or (name in {"model", "module"} and on.startswith(("self", "run", "plant", "controller")))
+        ):
             yield ast.unparse(node)
 
 
