@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +49,27 @@ def test_every_picture_and_file_a_page_links_to_is_there(page: Path) -> None:
 
 
 UNDER_TORCHRUN = {"ddp.py"}  # test_killed.py runs it
-SCRIPTS = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name not in UNDER_TORCHRUN]
+OF_PROCESSES = ROOT / "examples" / "federated.py"  # they import it again, so it must be a script of its own
+SCRIPTS = [
+    path
+    for path in sorted((ROOT / "examples").glob("*.py"))
+    if path.name not in UNDER_TORCHRUN and path != OF_PROCESSES
+]
+
+
+def test_the_federated_example_runs_in_processes_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, str(OF_PROCESSES)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    accuracies = [float(found) for found in re.findall(r"([\d.]+)%$", done.stdout, re.MULTILINE)]
+    assert len(accuracies) == 5
+    assert min(accuracies) > 70.0  # a guess is right in ten of a hundred
+    moved = re.search(r"travelled back: (\d+)%", done.stdout)
+    assert moved is not None
+    assert int(moved[1]) < 60  # the mean of the budgets, of parameters instead of FLOPs
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
