@@ -84,8 +84,12 @@ class Results:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + "".join(json.dumps(row) + "\n" for row in rows))
 
+    def having(self, **key: Any) -> list[dict[str, Any]]:
+        """The rows with these values."""
+        return [row for row in self.rows() if all(row.get(name) == value for name, value in key.items())]
+
     def has(self, **key: Any) -> bool:
-        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows())
+        return bool(self.having(**key))
 
 
 def machine() -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
     python -m analysis run text scratch --data DIR     what is not in the results yet, its cost said first
     python -m analysis tables                          tables of what is there
+    python -m analysis tables --into docs/results.md   the same, between the page's marks
 
 One training is one line of `analysis/results/TASK.jsonl`, so a run can be stopped at any time and goes on
-where it was. Several processes may share the work: each takes what nobody has begun.
+where it was. Several processes may share the work: each takes what nobody has begun. A side that does not run
+on a task is said, and the others go on.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import torch
 
 from ..measure import Results
 from .run import measured
-from .sides import LEVERS, SIDES, make
-from .tables import cost_of, tables
+from .sides import FOUND, LEVERS, SIDES, make
+from .tables import cost_of, placed, tables
 from .task import Task
 from .tasks import TASKS
 
@@ -37,8 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         _run(options)
     else:
-        print(tables(options.results, options.tasks or list(TASKS)))
+        _show(options)
     return 0
+
+
+def _show(options: argparse.Namespace) -> None:
+    shown = None if options.levers else SIDES
+    made = {task: tables(options.results, task, shown) for task in options.tasks or TASKS}
+    if options.into is None:
+        print("\n\n".join(text for text in made.values() if text) or "no results yet")
+    else:
+        options.into.write_text(placed(options.into.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 def _options() -> argparse.ArgumentParser:
@@ -53,9 +64,14 @@ def _options() -> argparse.ArgumentParser:
     run.add_argument("--budgets", nargs="+", type=float, help="default: the task's")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED")
     run.add_argument("--as", dest="suffix", default="", help="a name for this checkout, added to the side's")
+    run.add_argument("--again", action="store_true", help="also what is there; tables show the latest")
     run.add_argument("--dry", action="store_true", help="only say what it costs")
     show = commands.add_parser("tables", help="tables of the results")
     show.add_argument("tasks", nargs="*", choices=[*TASKS, []])
+    show.add_argument("--levers", action="store_true", help="with what was only tried, and older checkouts")
+    show.add_argument(
+        "--into", type=Path, metavar="PAGE.md", help="between <!-- bench TASK --> and <!-- end -->"
+    )
     for each in (run, show):
         each.add_argument("--results", type=Path, default=RESULTS)
     return parser
@@ -70,12 +86,25 @@ def _run(options: argparse.Namespace) -> None:
         if side != "dense" or budget == (options.budgets or task.budgets)[0]
     ]
     left = [piece for piece in pieces if not _done(options, tasks[piece[0]], piece)]
-    hours = sum(cost_of(options.results, *piece[:3], tasks[piece[0]].steps) for piece in left) / 3600
-    _say(f"{len(left)} of {len(pieces)} trainings left, about {hours:.2f} core-hours")
+    _say_cost(options, tasks, pieces, left)
     for number, piece in enumerate([] if options.dry else left, start=1):
         if _done(options, tasks[piece[0]], piece) or not _claim(options, piece):
             continue
-        _train(options, tasks[piece[0]], piece, f"{number}/{len(left)}")
+        try:
+            _train(options, tasks[piece[0]], piece, f"{number}/{len(left)}")
+        finally:
+            _claimed(options, piece).unlink(missing_ok=True)
+
+
+def _say_cost(
+    options: argparse.Namespace, tasks: dict[str, Task], pieces: list[Piece], left: list[Piece]
+) -> None:
+    """Of each table, before it is made."""
+    seconds = [cost_of(options.results, *piece[:3], tasks[piece[0]].steps) for piece in left]
+    _say(f"{len(left)} of {len(pieces)} trainings left, about {sum(seconds) / 3600:.2f} core-hours")
+    for table in dict.fromkeys((piece[0], piece[2]) for piece in left):
+        own = [s for s, piece in zip(seconds, left, strict=True) if (piece[0], piece[2]) == table]
+        _say(f"  {table[0]} at {table[1]}: {len(own)} trainings, about {sum(own) / 60:.0f} core-minutes")
 
 
 def _named(options: argparse.Namespace, piece: Piece) -> str:
@@ -88,14 +117,15 @@ def _file(options: argparse.Namespace, piece: Piece) -> Results:
 
 def _done(options: argparse.Namespace, task: Task, piece: Piece) -> bool:
     _, _, budget, seed = piece
+    if options.again:
+        return False
     key = {"side": _named(options, piece), "seed": seed, "steps": task.steps}
     return _file(options, piece).has(**key, **({} if piece[1] == "dense" else {"budget": budget}))
 
 
 def _claim(options: argparse.Namespace, piece: Piece) -> bool:
     """False where another process is at it; a claim of half an hour ago counts for nothing."""
-    name = "-".join(str(part).replace(" ", "_").replace("%", "") for part in (*piece, options.suffix))
-    claim: Path = options.results / "claims" / name
+    claim = _claimed(options, piece)
     claim.parent.mkdir(parents=True, exist_ok=True)
     if claim.exists() and time.time() - claim.stat().st_mtime > 1800:
         claim.unlink(missing_ok=True)
@@ -104,6 +134,11 @@ def _claim(options: argparse.Namespace, piece: Piece) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _claimed(options: argparse.Namespace, piece: Piece) -> Path:
+    name = "-".join(str(part).replace(" ", "_").replace("%", "") for part in (*piece, options.suffix))
+    return options.results / "claims" / name
 
 
 def _train(options: argparse.Namespace, task: Task, piece: Piece, which: str) -> None:
@@ -118,10 +153,23 @@ def _train(options: argparse.Namespace, task: Task, piece: Piece, which: str) ->
             )
             sys.stderr.write(f"\r{line[:110]:<110}")
 
-    row = measured(task, make(side), _named(options, piece), budget, seed, progress)
+    found = _widths_of_ours(options, task, piece) if side in FOUND else None
+    if side in FOUND and found is None:
+        _say(f"{title}: left out, it needs the widths of ours, which has not run")
+        return
+    try:
+        row = measured(task, make(side), _named(options, piece), budget, seed, progress, found)
+    except Exception as error:  # whatever another library says of a network it cannot take
+        _say(f"{title}: does not run: {type(error).__name__}: {error}")
+        return
     _file(options, piece).append([row])
     said = f"{row[task.figure]:.2f}, {row['seconds']:.0f} s CPU, FLOPs {row['flops']:.3f}"
     _say(("\r" if terminal else "") + f"{title}: {said}")
+
+
+def _widths_of_ours(options: argparse.Namespace, task: Task, piece: Piece) -> Sequence[int] | None:
+    rows = _file(options, piece).having(side="ours", budget=piece[2], seed=piece[3], steps=task.steps)
+    return rows[-1]["units"] if rows else None
 
 
 def _say(line: str) -> None:

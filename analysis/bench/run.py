@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -25,14 +25,21 @@ __all__ = ["measured", "provenance"]
 
 Progress = Callable[[int, float], None]
 COMPARED = 20  # times that the machine is measured in a run
+GLANCES = 12  # times that the figure is looked at on the way
 
 
 def measured(
-    task: Task, side: Side, name: str, budget: float, seed: int, progress: Progress
+    task: Task,
+    side: Side,
+    name: str,
+    budget: float,
+    seed: int,
+    progress: Progress,
+    found: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Train, and everything a table wants to know of it."""
+    """Train, and everything a table wants to know of it. `found`: the widths that ours ended with."""
     model = task.dense(seed)
-    run = Run(task, budget, seed, model, task.optimizer(model), Clock())
+    run = Run(task, budget, seed, model, task.optimizer(model), Clock(), found)
     model = _train(run, side, progress)
     model.eval()
     return {
@@ -48,6 +55,7 @@ def measured(
         "seconds": run.clock.seconds,
         "kernel": run.clock.kernel,
         "latency": _latency(model, task),
+        "curve": run.curve,
         **run.notes,
         **provenance(),
     }
@@ -67,7 +75,7 @@ def _train(run: Run, side: Side, progress: Progress) -> nn.Module:
         factor = task.rate((step + 0.5) / task.steps)
         for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        run.shares.append(side.share)
+        run.shares.append(side.step_share)
         loss = side.loss(run.model, next(batches), step)
         loss.backward()
         side.observe(step)
@@ -75,10 +83,20 @@ def _train(run: Run, side: Side, progress: Progress) -> nn.Module:
         side.after(step + 1, loss)
         run.optimizer.zero_grad()
         with clock.paused():
+            _glance(run, step + 1)
             progress(step + 1, side.share)
     model = side.finish()
     clock.stop()
     return model
+
+
+def _glance(run: Run, step: int) -> None:
+    """The figure on the way, on a part of what is held out; off the clock."""
+    if run.task.glance is None or step * GLANCES // run.steps == (step - 1) * GLANCES // run.steps:
+        return
+    run.model.eval()
+    run.curve.append((step, round(run.task.glance(run.model), 4)))
+    run.model.train()
 
 
 def _latency(model: nn.Module, task: Task, repeats: int = 30) -> float:

@@ -30,8 +30,8 @@ class Task:
     loss: Callable[[nn.Module, Any], Tensor]
     evaluate: Callable[[nn.Module], Mapping[str, float]]
     example: Callable[[int], Example]  # of so many rows
-    figure: str = "accuracy"
-    better: int = 1  # −1: the figure is a loss
+    figure: str = "accuracy"  # or "loss": then less is better
+    glance: Callable[[nn.Module], float] | None = None  # the figure on the way, on a part of what is held out
     rate: Rate = lambda _: 1.0
     reset: bool = True  # layers initialise by fan-in: a small net from scratch is reset at its size
     pretrained: bool = False

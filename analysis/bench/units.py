@@ -40,7 +40,7 @@ class Units:
         """Per group: the tensors that read it, along which dimension, and whose each position is."""
         found = []
         for number, group in enumerate(self.structure.groups):
-            parts = [part for part in group.slices if part.role != "producer"]
+            parts = group.readers
             live = [keep(part.extent, self.masks) for part in parts]
             units = [labels(part.extent, number)[k] for part, k in zip(parts, live, strict=True)]
             found.append([(p.tensor, p.dim, u) for p, u in zip(parts, units, strict=True)])

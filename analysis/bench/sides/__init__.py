@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .by_hand import ByHand, Scratch, cubic, even
+from .gates import Gates
 from .ours import Ours
 from .side import Run, Side
+from .torch_pruning import TorchPruning
 
-__all__ = ["LEVERS", "SIDES", "Run", "Side", "make"]
+__all__ = ["FOUND", "LEVERS", "SIDES", "Run", "Side", "make"]
 
 Make = Callable[[], Side]
 
@@ -16,11 +18,14 @@ SIDES: dict[str, Make] = {
     "dense": Side,
     "ours": Ours,
     "small from scratch": Scratch,
+    "small from scratch, widths of ours": lambda: Scratch(found=True),
     "static mask": lambda: ByHand("random", even(0.0)),
     "norm at step 0": lambda: ByHand("norm", even(0.0)),
     "first order at 10 %": lambda: ByHand("first", even(0.1)),
     "norm at two thirds": lambda: ByHand("norm", even(2 / 3)),
     "cubic, global magnitude": lambda: ByHand("magnitude", cubic(0.1, 0.5), "global"),
+    "learned gates, Lagrangian": Gates,
+    "Torch-Pruning": TorchPruning,
     "movement, 3 cuts": lambda: ByHand("movement", even(0.1, 0.2, 0.3)),
     "Fisher, 3 cuts, uniform": lambda: ByHand("fisher", even(0.1, 0.2, 0.3)),
     "Fisher per FLOP, 3 cuts": lambda: ByHand("fisher", even(0.1, 0.2, 0.3), "per cost"),
@@ -35,6 +40,8 @@ LEVERS: dict[str, Make] = {
     "Fisher per FLOP, cubic": lambda: ByHand("fisher", cubic(0.05, 0.3), "per cost"),
     "norm, 3 cuts, uniform": lambda: ByHand("norm", even(0.1, 0.2, 0.3)),
 }
+
+FOUND = ("small from scratch, widths of ours",)  # they need a row of ours at the same budget and seed
 
 
 def make(name: str) -> Side:

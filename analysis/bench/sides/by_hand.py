@@ -90,17 +90,18 @@ class ByHand(Side):
 
 
 class Scratch(Side):
-    """The small network from the start, from random weights, at uniform widths or those that are given."""
+    """The small network from the start, from random weights, at uniform widths or at those ours found."""
 
-    def __init__(self, widths: Sequence[int] | None = None) -> None:
-        self.widths = widths
+    def __init__(self, *, found: bool = False) -> None:
+        self.found = found
 
     def begin(self, run: Run) -> None:
         super().begin(run)
         with run.clock.paused():
             run.model = run.task.blank(run.seed)
             self.units = Units(run.model, None, run.example)
-            widths = self.widths or uniform_widths(self.units, run.budget)
+            widths = run.found if self.found else uniform_widths(self.units, run.budget)
+            assert widths is not None
             self.units.cut(
                 [torch.arange(n) < width for n, width in zip(self.units.sizes, widths, strict=True)]
             )

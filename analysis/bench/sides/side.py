@@ -8,6 +8,7 @@ finish     the run is over: the plain network
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,9 @@ class Run:
     model: nn.Module
     optimizer: Optimizer
     clock: Clock
+    found: Sequence[int] | None = None  # the widths that ours ended with, at this budget and seed
     shares: list[float] = field(default_factory=list)  # of every step so far: FLOPs, fraction of dense
+    curve: list[tuple[int, float]] = field(default_factory=list)  # step, figure on a part of what is held out
     notes: dict[str, Any] = field(default_factory=dict)  # what the side wants to have in the row
 
     @property
@@ -59,6 +62,11 @@ class Side:
     def share(self) -> float:
         """What a forward pass takes now."""
         return 1.0
+
+    @property
+    def step_share(self) -> float:
+        """What a training step takes now, everything in it: of a dense one."""
+        return self.share
 
     def finish(self) -> nn.Module:
         return self.run.model

@@ -32,7 +32,7 @@ def scratch(data: Path, steps: int = 1000, batch: int = 64, rate: float = 6e-3) 
     return _task("scratch", data, None, steps, batch, rate, (0.5, 0.35, 0.15, 0.08), pretrained=False)
 
 
-def images(data: Path, steps: int = 800, batch: int = 64, rate: float = 2e-3) -> Task:
+def images(data: Path, steps: int = 500, batch: int = 64, rate: float = 2e-3) -> Task:
     """Task 2."""
     return _task("images", data, 1, steps, batch, rate, (0.4, 0.15), pretrained=True)
 
@@ -56,6 +56,7 @@ def _task(
         batches=lambda seed: _batches(*split("train"), batch, seed),
         loss=lambda model, pair: cross_entropy(model(pair[0]), pair[1]),
         evaluate=lambda model: {"accuracy": _accuracy(model, *split("test"))},
+        glance=lambda model: _accuracy(model, *(part[:1000] for part in split("test"))),
         example=lambda rows: (split("train")[0][:rows],),
         rate=cosine(),
         pretrained=pretrained,
