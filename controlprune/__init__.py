@@ -15,6 +15,7 @@ from .loop.attach import attach
 from .loop.controller import Controller
 from .loop.export import load, save
 from .loop.history import History
+from .loop.teacher import ancestor, distillation
 from .policies.base import Decision, Observation, Policy, Wants
 from .policies.feedback.control import Control
 from .policies.gradual import Gradual
@@ -65,7 +66,9 @@ __all__ = [
     "Wants",
     "Wattage",
     "__version__",
+    "ancestor",
     "attach",
+    "distillation",
     "find_groups",
     "from_pretrained",
     "load",

@@ -45,7 +45,7 @@ def _tiny() -> Task:
         blank=_net,
         optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=3e-3),
         batches=batches,
-        loss=lambda model, pair: cross_entropy(model(pair[0]), pair[1]),
+        outputs=lambda model, pair: (model(pair[0]), pair[1]),
         evaluate=lambda model: {"accuracy": 100 * accuracy(model, *digits.test)},
         glance=lambda model: 100 * accuracy(model, *digits.test),
         example=lambda rows: (digits.example(rows),),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 __all__ = ["Example", "Task", "cosine", "warmup_linear"]
@@ -27,7 +28,7 @@ class Task:
     blank: Callable[[int], nn.Module]  # the same architecture with random weights
     optimizer: Callable[[nn.Module], Optimizer]
     batches: Callable[[int], Iterator[Any]]
-    loss: Callable[[nn.Module, Any], Tensor]
+    outputs: Callable[[Callable[..., Any], Any], tuple[Tensor, Tensor]]  # model, batch -> logits, labels
     evaluate: Callable[[nn.Module], Mapping[str, float]]
     example: Callable[[int], Example]  # of so many rows
     figure: str = "accuracy"  # or "loss": then less is better
@@ -36,6 +37,11 @@ class Task:
     reset: bool = True  # layers initialise by fan-in: a small net from scratch is reset at its size
     pretrained: bool = False
     needs: str = ""  # what must be there besides the package
+
+    def loss(self, model: Callable[..., Any], batch: Any) -> Tensor:
+        """Cross-entropy over everything that has a label."""
+        logits, labels = self.outputs(model, batch)
+        return cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def warmup_linear(warm: float = 0.1) -> Rate:

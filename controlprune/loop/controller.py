@@ -201,6 +201,10 @@ class Controller:
         """`ddp` is DistributedDataParallel around the model: its ranks decide together from here on."""
         self._run.replicate(ddp)
 
+    def count_forward(self) -> None:
+        """A forward pass of the dense model beside the training, a teacher's: `train_flops` has it too."""
+        self._run.metering.accounts.beside(1.0)
+
     # --- by hand --------------------------------------------------------------------------------
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:

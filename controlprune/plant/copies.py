@@ -1,4 +1,4 @@
-"""The plant's tensors as `finalize` would leave them, as copies. The live ones are not touched."""
+"""Copies of the plant, which stays as it is: small, as `finalize` leaves it, or dense, as `detach` does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .layout import at, cuts_of, select
-from .plant import Plant
+from ..structure.caches import drop_caches
+from ..structure.sizes import set_sizes
+from ..structure.standins import count_live
+from .layout import at, cuts_of, select, set_data, whole
+from .plant import Plant, named_tensors
 
-__all__ = ["compact_copies", "small_copy"]
+__all__ = ["compact_copies", "dense_copies", "dense_copy", "small_copy"]
 
 Tensors = dict[str, Tensor]
 
@@ -39,4 +42,29 @@ def small_copy(plant: Plant) -> nn.Module:
         cut = Plant(other, None, plant.structure)
         cut.apply(plant.masks, compact=True)
         cut.harden()
+    return other
+
+
+def dense_copies(plant: Plant) -> Tensors:
+    """Every parameter and buffer, once, at its dense shape: live entries as they are, dormant as parked."""
+    names = set(plant.structure.tensors)
+    found = {name: x.detach().clone() for name, x in plant.tensors().items() if name in names}
+    with torch.no_grad():
+        for spot in plant.spots:
+            if spot.home is not None:
+                home = spot.home.to(found[spot.name], copy=True)
+                kept = "dormant" if spot.is_parameter else "silent"
+                found[spot.name] = whole(found[spot.name], home, spot.cuts, plant.compact, kept)
+    return found
+
+
+def dense_copy(plant: Plant) -> nn.Module:
+    """A plain dense model with all learned weights: what `detach` would give now."""
+    other = copy.deepcopy(plant.model)
+    tensors = named_tensors(other)
+    for name, dense in dense_copies(plant).items():
+        set_data(tensors[name], dense)
+    set_sizes(other, plant.structure, None)
+    count_live(other, plant.structure.norms, None)
+    drop_caches(other)
     return other

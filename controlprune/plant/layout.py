@@ -53,6 +53,8 @@ __all__ = [
     "resting_rows",
     "restore_",
     "select",
+    "set_data",
+    "whole",
 ]
 
 Index = Mapping[int, Tensor]  # dimension -> int64 positions
@@ -315,7 +317,7 @@ def _laid_out(
 ) -> _Laid:
     """`live` from `cuts` to the cuts `then`; of the old home only stale entries are written."""
     compact, cut = switch.now and home is not None, bool(cuts) and home is not None
-    true = live if not cut or home is None else _whole(live, home.to(live), cuts, switch.now, kept)
+    true = live if not cut or home is None else whole(live, home.to(live), cuts, switch.now, kept)
     if switch.then and then:
         small = select(true, at(then, "live"))
         return _Laid(small, true if switch.park_on is None else true.to(switch.park_on))
@@ -328,7 +330,7 @@ def _laid_out(
     return _Laid(live, parked, pieces, at(then, zero) if parks else {}, at(cuts, zero) if cut else {})
 
 
-def _whole(live: Tensor, home: Tensor, cuts: Cuts, compact: bool, kept: Part) -> Tensor:
+def whole(live: Tensor, home: Tensor, cuts: Cuts, compact: bool, kept: Part) -> Tensor:
     """`home` with every entry its true value: those of `live` that are true are written over stale ones."""
     if compact:
         return put_(home, at(cuts, "live"), live)

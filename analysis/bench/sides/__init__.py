@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from .by_hand import ByHand, Scratch, cubic, even
 from .gates import Gates
-from .ours import Ours
+from .ours import Ours, Taught
 from .side import Run, Side
 from .torch_pruning import TorchPruning
 
@@ -17,6 +17,7 @@ Make = Callable[[], Side]
 SIDES: dict[str, Make] = {
     "dense": Side,
     "ours": Ours,
+    "ours + teacher": Taught,
     "small from scratch": Scratch,
     "small from scratch, widths of ours": lambda: Scratch(found=True),
     "static mask": lambda: ByHand("random", even(0.0)),

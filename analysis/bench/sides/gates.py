@@ -68,7 +68,7 @@ class Gates(Side):
 
         way = min(1.0, 2 * step / max(1, self.last))
         over = self._expected() - (1.0 - (1.0 - self.run.budget) * way)
-        loss = self.run.task.loss(gated, batch)  # type: ignore[arg-type]
+        loss = self.run.task.loss(gated, batch)
         return loss + self.prices[0] * over + self.prices[1] * over**2
 
     def after(self, step: int, loss: Tensor) -> None:

@@ -10,7 +10,7 @@ import controlprune as cp
 
 from .side import Run, Side
 
-__all__ = ["Ours"]
+__all__ = ["Ours", "Taught"]
 
 
 class Ours(Side):
@@ -55,6 +55,23 @@ class Ours(Side):
             "switches": sum(sum(record.off) + sum(record.on) for record in history),
         }
         return small
+
+
+class Taught(Ours):
+    """With the run's own dense ancestor as a teacher; a forward of it is a third of a dense step."""
+
+    def begin(self, run: Run) -> None:
+        super().begin(run)
+        self.teacher = cp.ancestor(self.controller)
+
+    def loss(self, model: nn.Module, batch: Any, step: int) -> Tensor:
+        logits, labels = self.run.task.outputs(model, batch)
+        taught = self.run.task.outputs(self.teacher, batch)[0] if self.teacher.ready else None
+        return cp.distillation(logits, taught, labels)
+
+    @property
+    def step_share(self) -> float:
+        return self.share + (1 / 3 if self.teacher.ready else 0.0)
 
 
 def _share(work: Any, widths: tuple[int, ...]) -> float:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ..task import Task
 
@@ -69,9 +68,6 @@ def _task(name: str, folder: Path, steps: int, *, own: bool) -> Task:
         torch.manual_seed(seed)
         return Net(own)
 
-    def loss(model: nn.Module, rows: slice) -> Tensor:
-        return cross_entropy(model(*_graph(folder, own))[rows], _labels(folder)[rows])
-
     return Task(
         name=name,
         steps=steps,
@@ -80,7 +76,7 @@ def _task(name: str, folder: Path, steps: int, *, own: bool) -> Task:
         blank=net,
         optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4),
         batches=lambda seed: _always(slice(0, 140)),
-        loss=loss,
+        outputs=lambda model, rows: (model(*_graph(folder, own))[rows], _labels(folder)[rows]),
         evaluate=lambda model: {"accuracy": _accuracy(model, folder, own, slice(-1000, None))},
         example=lambda rows: _graph(folder, own),
         glance=partial(_accuracy, folder=folder, own=own, rows=slice(140, 640)),

@@ -54,7 +54,7 @@ def _task(
         blank=lambda seed: _net(classes, seed),
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05),
         batches=lambda seed: _batches(*split("train"), batch, seed),
-        loss=lambda model, pair: cross_entropy(model(pair[0]), pair[1]),
+        outputs=lambda model, pair: (model(pair[0]), pair[1]),
         evaluate=lambda model: {"accuracy": _accuracy(model, *split("test"))},
         glance=lambda model: _accuracy(model, *(part[:1000] for part in split("test"))),
         example=lambda rows: (split("train")[0][:rows],),

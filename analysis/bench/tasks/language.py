@@ -34,7 +34,7 @@ def language(data: Path, steps: int = 600, batch: int = 12, rate: float = 2e-3) 
         blank=_net,
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1),
         batches=lambda seed: _batches(_text(file)[0], batch, seed),
-        loss=lambda model, pair: _loss(model, *pair),
+        outputs=lambda model, pair: (model(pair[0]), pair[1]),
         evaluate=lambda model: {"loss": _held_out(model, file, HELD_OUT)},
         example=lambda rows: (_windows(_text(file)[0], torch.arange(rows) * CONTEXT)[0],),
         figure="loss",

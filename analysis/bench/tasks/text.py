@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ..task import Task, warmup_linear
 
@@ -38,7 +37,7 @@ def text(data: Path, steps: int = 160, rate: float = 2e-4) -> Task:
             [p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.01
         ),
         batches=lambda seed: _batches(_rows(data / "sst2" / "train.tsv", steps * BATCH), seed),
-        loss=lambda model, batch: cross_entropy(model(**batch[0]).logits, batch[1]),
+        outputs=lambda model, batch: (model(**batch[0]).logits, batch[1]),
         evaluate=lambda model: {"accuracy": _accuracy(model, _held_out(data))},
         example=_example,
         rate=warmup_linear(),
