@@ -46,9 +46,10 @@ def _pruned(model: nn.Module, example: Any, ratio: float) -> nn.Module:
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(True)  # it traces by gradients
     heads = _heads(model)
+    inputs: Any = example if isinstance(example, dict) or len(example) > 1 else example[0]
     pruner = tp.pruner.BasePruner(
         model,
-        example if isinstance(example, dict) or len(example) > 1 else example[0],
+        inputs,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
         ignored_layers=_ignored(model, example),
@@ -87,7 +88,8 @@ def _scalar(output: Any) -> Tensor:
 
 def _heads(model: nn.Module) -> dict[nn.Module, int]:
     """Of every projection that makes heads: BERT's three, or one fused."""
-    found = {}
+    found: dict[nn.Module, int] = {}
+    module: Any
     for module in model.modules():
         if hasattr(module, "num_attention_heads"):
             found |= dict.fromkeys((module.query, module.key, module.value), module.num_attention_heads)
@@ -97,6 +99,7 @@ def _heads(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _tell_heads(model: nn.Module, heads: dict[nn.Module, int]) -> None:
+    module: Any
     for module in model.modules():
         if hasattr(module, "num_attention_heads"):
             module.num_attention_heads = heads[module.query]

@@ -35,13 +35,13 @@ class Layer(nn.Module):
     def __init__(self, before: int, after: int, own: bool) -> None:
         super().__init__()
         self.near = nn.Linear(before, after, bias=False)
-        self.own = nn.Linear(before, after) if own else None
-        self.bias = None if own else nn.Parameter(torch.zeros(after))
+        self.own = nn.Linear(before, after, bias=False) if own else None
+        self.bias = nn.Parameter(torch.zeros(after))
 
     def forward(self, x: Tensor, source: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         sent = self.near(x)
         found = torch.zeros_like(sent).index_add(0, target, sent[source] * weight[:, None])
-        return found + self.own(x) if self.own is not None else found + self.bias
+        return found + self.bias if self.own is None else found + self.own(x) + self.bias
 
 
 class Net(nn.Module):
