@@ -144,7 +144,16 @@ class Steps:
             for g, step in enumerate(steps)
         )
         floors = tuple(min(step, size) for step, size in zip(fine, sizes, strict=True))
-        return Steps(steps, grains, floors)
+        return Steps(steps, grains, floors)._as_said(structure)
+
+    def _as_said(self, structure: Structure) -> Steps:
+        """Where a group says its own."""
+        rows = zip(structure.groups, self.steps, self.grains, self.floors, strict=True)
+        said = [
+            (g.step, g.step if g.least else g.multiple, g.least or g.step) if g.step else (step, grain, floor)
+            for g, step, grain, floor in rows
+        ]
+        return Steps(*(tuple(column) for column in zip(*said, strict=True))) if said else self
 
     def ends(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Floors that are whole grains."""

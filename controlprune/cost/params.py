@@ -1,7 +1,7 @@
 """Number of parameters, as a polynomial in the widths.
 
-`C(n) = Σ_parameters Π_dims size(extent)(n)`, in elements; shared parameters count once, buffers not at
-all. It equals `sum(p.numel() for p in model.parameters())` of the shrunk model.
+`C(n) = Σ_parameters Π_dims size(extent)(n)`, in elements (of entries: how many are on); shared parameters
+count once, buffers not at all. It equals `sum(p.numel() for p in model.parameters())` of the shrunk model.
 """
 
 from __future__ import annotations
@@ -14,5 +14,6 @@ __all__ = ["parameters"]
 
 def parameters(structure: Structure) -> Polynomial:
     """Parameter elements over the structure's groups."""
-    terms = ((1.0, structure.tensors[name]) for name in sorted(structure.parameters))
+    entries = {name: (extent,) for name, extent in structure.entries.items()}
+    terms = ((1.0, entries.get(name, structure.tensors[name])) for name in sorted(structure.parameters))
     return Polynomial.of(terms, len(structure.groups))

@@ -87,7 +87,7 @@ def pose(
 
 
 def _read_elements(structure: Structure) -> int:
-    read = {part.tensor for group in structure.groups for part in group.readers}
+    read = {part.tensor for group in structure.groups for part in group.readers} | structure.entries.keys()
     return sum(int(np.prod([size(e) for e in structure.tensors[name]])) for name in read)
 
 

@@ -43,7 +43,9 @@ class Uses:
         """Of one parameter or buffer."""
         if name not in self.structure.tensors:
             raise ValueError(f"elements({name!r}): the model has no such tensor; see `names`")
-        return Polynomial.of([(1.0, self.structure.tensors[name])], len(self.structure.groups))
+        entries = self.structure.entries
+        extents = (entries[name],) if name in entries else self.structure.tensors[name]
+        return Polynomial.of([(1.0, extents)], len(self.structure.groups))
 
 
 def own_costs(budget: Budget | Price, structure: Structure) -> dict[str, Polynomial]:

@@ -25,15 +25,20 @@ from ..cost.optimizer_state import require_carried
 from ..cost.problem import Problem, pose, require_steps
 from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
 from ..cost.uses import own_costs
+from ..granularity.base import Granularity
+from ..granularity.parse import granularity_of
+from ..plant.base import is_sharded
 from ..plant.joint import as_one
 from ..plant.optimizer import require_nothing_beside
 from ..policies.base import Policy
 from ..policies.feedback.control import Control
 from ..structure import analyse
+from ..structure.analyse import tensors_in
 from ..structure.groups import Structure
-from ..structure.traced import Traced, trace
+from ..structure.record import batch_size
+from ..structure.traced import Traced
 from .controller import Controller
-from .replicas import is_sharded, several, unwrapped
+from .replicas import several, unwrapped
 from .run import Run, require_unattached
 from .telling import Progress
 
@@ -48,6 +53,7 @@ def attach(
     example_inputs: Any,
     total_steps: int,
     policy: Policy | None = None,
+    granularity: str | Granularity = "channel",
     ignored_layers: Sequence[nn.Module | str] = (),
     round_to: int | None = None,
     seed: int = 0,
@@ -64,16 +70,19 @@ def attach(
     `controlprune.trace` of the plain model as `example_inputs`. Else these are a tuple (positional) or a dict
     (keyword) that it accepts; FLOPs and memory are counted on them (for absolute run totals give the batch of
     a training step). `deploy_inputs`: what latency and energy are measured on, None: the same.
-    `round_to`: width multiple; None: what the device was measured to run well (cost/grid.py). `park_on`: the
-    device on which weights and optimizer state of absent units wait; "cpu" spares an accelerator's memory,
-    None: where they are. Where latency, energy or time is under budget, the C library keeps up to 62 MiB of
-    freed memory from here on (cost/clock.py). `progress`: a line on stderr, kept up to date.
+    `granularity`: what a unit is (docs/granularity.md). `round_to`: width multiple; None: what the device was
+    measured to run well (cost/grid.py). `park_on`: the device on which weights and optimizer state of absent
+    units wait; "cpu" spares an accelerator's memory, None: where they are. Where latency, energy or time is
+    under budget, the C library keeps up to 62 MiB of freed memory from here on (cost/clock.py). `progress`: a
+    line on stderr, kept up to date.
     Nothing of the model or the optimizer is changed before the first decision. Errors: TypeError and
     ValueError name the argument; InfeasibleBudget carries the range that can be reached.
     """
     policy = Control() if policy is None else policy
     given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
     _check_arguments(model, budget, total_steps, policy)
+    kind = granularity_of(granularity)
+    kind.require(_named(budget), [own.name for own in budget.own if own.measure is None])
     stepper = as_one(optimizer)
     require_nothing_beside(stepper)
     instruments = _metered(instruments or Instruments(), budget, model)
@@ -81,12 +90,13 @@ def attach(
     sharded = _sharded(model, example_inputs, policy)
     if isinstance(example_inputs, Traced):
         _check_traced_alone(budget)
-        traced = example_inputs
+        traced, batch = example_inputs.structure, example_inputs.batch
     else:
-        traced = trace(model, example_inputs, ignored_layers=ignored_layers)
-    if traced.batch < 1:
+        traced = analyse(model, example_inputs, ignored_layers=ignored_layers, check=kind.shrinks)
+        batch = batch_size(example_inputs)
+    if batch < 1:
         raise ValueError("example_inputs: the batch is empty; give one of at least one example")
-    structure = traced.structure
+    structure = kind.units(model, traced, tensors_in(model, ignored_layers))
     _check_optimizer_covers(model, stepper, structure)
     if not sharded:
         require_carried(stepper, _touched(model, structure))
@@ -110,14 +120,14 @@ def attach(
             {**survey.costs, **exact_costs(_named(budget), structure), **own_costs(budget, structure)},
             total_steps=total_steps,
             round_to=round_to,
-            batch=traced.batch,
+            batch=batch,
             seed=seed,
             multiples=survey.multiples,
             least=survey.least,
         )
 
     gauge = _gauge(budget, found, bench, structure.sizes)
-    run = Run(model, stepper, budget, found, settle, total_steps, policy, instruments, gauge, parking)
+    run = Run(model, stepper, kind, budget, found, settle, total_steps, policy, instruments, gauge, parking)
     if given is not model:
         run.replicate(given)
     controller = Controller(run)
@@ -222,7 +232,7 @@ def _parking(park_on: object) -> torch.device | None:
 
 def _touched(model: nn.Module, structure: Structure) -> dict[str, nn.Parameter]:
     """The parameters in which units stand."""
-    names = {part.tensor for group in structure.groups for part in group.slices}
+    names = {part.tensor for group in structure.groups for part in group.slices} | structure.entries.keys()
     return {name: p for name, p in model.named_parameters() if name in names}
 
 

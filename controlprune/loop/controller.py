@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..budget import UNITS, Budget, Price, require_budget
 from ..cost.problem import require_steps
+from ..plant.base import BasePlant
 from ..plant.interrupts import uninterrupted
 from ..plant.masks import checked
-from ..plant.plant import Plant
 from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
 from ..structure.portable import misfit
@@ -65,7 +65,7 @@ class Controller:
         return self._run.model
 
     @property
-    def plant(self) -> Plant:
+    def plant(self) -> BasePlant:
         """The model and optimizer as they are laid out now."""
         return self._run.plant
 
@@ -236,9 +236,10 @@ class Controller:
         `model`: a copy made while the attached one has its dense shapes, such as `AveragedModel(m).module`.
         """
         self._require_live("follow")
-        follower = Plant(model, None, self._run.problem.structure, park_on=self.plant.park_on)
+        run = self._run
+        follower = run.granularity.plant(model, None, run.problem.structure, self.plant.park_on)
         follower.apply(self.plant.masks, compact=self.plant.compact)
-        self._run.followers.append(follower)
+        run.followers.append(follower)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -293,7 +294,7 @@ class Controller:
 
     def _final(self, masks: tuple[Tensor, ...], into: nn.Module | None) -> Decision:
         """From these masks. None of the policy means: as it is."""
-        decision = self._run.policy.decide(replace(self._run.observation(final=True), masks=masks))
+        decision = self._run.decide(replace(self._run.observation(final=True), masks=masks))
         return Decision(self.plant.masks, into is None) if decision is None else decision
 
     def _say_what_is_missed(self, decision: Decision) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..plant.plant import Plant
+from ..plant.base import BasePlant
 
 __all__ = ["abandon", "apply_to_all"]
 
@@ -20,7 +20,7 @@ class Removable(Protocol):
     def remove(self) -> None: ...
 
 
-def apply_to_all(plants: Sequence[Plant], masks: Sequence[Tensor], *, compact: bool) -> None:
+def apply_to_all(plants: Sequence[BasePlant], masks: Sequence[Tensor], *, compact: bool) -> None:
     """All of them go to these masks, or none."""
     with ExitStack() as undo:
         for plant in plants:
@@ -29,7 +29,7 @@ def apply_to_all(plants: Sequence[Plant], masks: Sequence[Tensor], *, compact: b
         undo.pop_all()
 
 
-def abandon(plant: Plant, followers: Sequence[Plant], handles: Sequence[Removable]) -> None:
+def abandon(plant: BasePlant, followers: Sequence[BasePlant], handles: Sequence[Removable]) -> None:
     """The controller is gone, neither finalized nor detached: the model is left as `detach` does."""
     for handle in handles:
         handle.remove()

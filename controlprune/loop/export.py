@@ -56,16 +56,17 @@ def save(controller: Controller, path: str | Path) -> None:
         )
     own = {**dict(plant.model.named_parameters()), **dict(plant.model.named_buffers())}
     changed = sorted(own.keys() ^ plant.structure.tensors.keys())
+    structure, masks = plant.portable
     tensors = {} if changed else compact_copies(plant)
-    if wrong := changed[0] if changed else _misfit(plant.structure, plant.masks, tensors, own):
+    if wrong := changed[0] if changed else _misfit(structure, masks, tensors, own):
         raise ValueError(
             f"controller: its model was changed since: {wrong!r} is not as it was traced and cut; put back "
             "what was replaced or added, or save the model's own state_dict"
         )
     header = {
         "format": FORMAT,
-        "structure": structure_to_json(plant.structure),
-        "masks": masks_to_json(plant.structure, plant.masks),
+        "structure": structure_to_json(structure),
+        "masks": masks_to_json(structure, masks),
     }
     with replacing(path) as part:
         try:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..plant.base import BasePlant
 from ..plant.joint import stepped
-from ..plant.plant import Plant
 from .cadence import REPEATED, Cadence
 
 __all__ = ["Intake", "Step", "when_closed"]
@@ -58,7 +58,7 @@ class Unread:
 class Intake:
     """Collects steps between two readings."""
 
-    def __init__(self, plant: Plant) -> None:
+    def __init__(self, plant: BasePlant) -> None:
         self.plant = plant
         self.cadence = Cadence()
         self.runs = 0  # of the optimizer, since attach

@@ -19,7 +19,6 @@ makes a new one after a shrink (private API of torch, all of it in that function
 from __future__ import annotations
 
 import io
-import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..plant.hooks import Link
 from ..state.checksum import checksum
 
-__all__ = ["Replicas", "digest", "is_sharded", "rebuild", "several", "unwrapped"]
+__all__ = ["Replicas", "digest", "rebuild", "several", "unwrapped"]
 
 WORDS = 4  # of a digest, 16 bits each: their squares are summed exactly in float64
 
@@ -51,12 +50,6 @@ class Follower(Protocol):
 def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
     """The user's own module, and the DDP around it, if that is what was given."""
     return (model.module, model) if isinstance(model, DistributedDataParallel) else (model, None)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Has it DTensor parameters (FSDP2, tensor parallelism)? plant/sharded.py"""
-    tensor = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters())
 
 
 def several() -> bool:

@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +28,14 @@ from ..cost.instruments import Instruments
 from ..cost.measurement import Measurement
 from ..cost.problem import Problem
 from ..cost.survey import Survey
+from ..granularity.base import Granularity
+from ..plant.base import BasePlant
 from ..plant.hooks import Link
 from ..plant.interrupts import uninterrupted
 from ..plant.joint import members, stepped
-from ..plant.plant import Plant
 from ..policies.base import Decision, Observation, Policy
 from ..state.checkpoint import Checkpoints
-from ..structure.groups import Structure, widths_of
+from ..structure.groups import widths_of
 from . import saved, together
 from .cadence import Strangers
 from .ends import abandon, apply_to_all
@@ -41,7 +43,7 @@ from .history import Record, history_of
 from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
 from .recompile import Layouts, compilations, progress
-from .replicas import Replicas, is_sharded
+from .replicas import Replicas
 from .telling import News, tell_attached
 
 __all__ = ["Run", "attached", "require_unattached"]
@@ -68,6 +70,7 @@ class Run:
         self,
         model: nn.Module,
         optimizer: Optimizer | None,
+        granularity: Granularity,
         budget: Budget | Price,
         survey: Survey,
         settle: Callable[[Budget | Price, Survey, int], Problem],
@@ -79,11 +82,12 @@ class Run:
     ) -> None:
         self.budget, self.survey, self.settle, self.given = budget, survey, settle, policy
         problem = self.problem = settle(budget, survey, total_steps)
-        self.plant = _plant(model, optimizer, problem.structure, park_on)
+        self.granularity = granularity
+        self.plant = granularity.plant(model, optimizer, problem.structure, park_on)
         self.policy = policy.begin(problem)
         self.checkpoints = Checkpoints(self.plant, optimizer, Link(self, Run.relayout))
         self._hooks = [o.register_step_pre_hook(Link(self, Run.before_step)) for o in stepped(optimizer)]
-        self.followers: list[Plant] = []
+        self.followers: list[BasePlant] = []
         self.layouts = Layouts({problem.structure.sizes: 0.0})
         self._compiled_before = compilations()
         self.replicas = Replicas()
@@ -110,6 +114,7 @@ class Run:
         tell_attached(problem)
         self._meet_shards()
         self._begin()
+        self._expect()
         self.replicas.watch_for_ddp(model, self.replicate)
 
     def _meet_shards(self) -> None:
@@ -127,7 +132,7 @@ class Run:
     def _begin(self) -> None:
         """Below dense, where the policy starts there."""
         before = self.plant.masks
-        decision = self.policy.decide(self.observation())
+        decision = self.decide(self.observation())
         if decision is not None:
             self.relayout(decision.masks, decision.compact)
             self.write(decision, before, False)
@@ -194,8 +199,14 @@ class Run:
             self._update()
         elif full and self.replicas.alone:
             self.read()
+        self._expect()
         self.metering.leave()
         self.overhead += time.process_time() - started
+
+    def _expect(self) -> None:
+        """What of the coming gradients the plant must not let pass."""
+        wants = self.policy.wants(self.steps + 1)
+        self.plant.expect(wants.kind if wants.gradients or self.intake.owed else None)
 
     @property
     def due(self) -> bool:
@@ -227,6 +238,11 @@ class Run:
             final=final,
         )
 
+    def decide(self, seen: Observation) -> Decision | None:
+        """The policy's answer, as it can be laid down."""
+        decision = self.policy.decide(seen)
+        return None if decision is None else replace(decision, masks=self.plant.project(decision.masks))
+
     def _update(self) -> None:
         self.layouts.compiled |= compilations() > self._compiled_before
         self.read()
@@ -240,12 +256,16 @@ class Run:
         if self.steps - self.measured_at >= AGAIN:
             self.measure()
         before, was_compact = plant.masks, plant.compact
-        decision = self.policy.decide(self.observation())
+        decision = self.decide(self.observation())
         if decision is None:
             return
         left = self.problem.total_steps - self.steps
         layout = self.layouts.choose(
-            self.problem, decision.masks, compact=decision.compact, held=self.widths, left=left
+            self.problem,
+            decision.masks,
+            compact=decision.compact and plant.shrinks,
+            held=self.widths,
+            left=left,
         )
         if layout is not None:
             self.relayout(decision.masks, layout)
@@ -254,7 +274,7 @@ class Run:
     @uninterrupted
     def relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
         """The one way to other masks or the other layout."""
-        compact = compact and not all(bool(m.all()) for m in masks)
+        compact = compact and self.plant.shrinks and not all(bool(m.all()) for m in masks)
         same = all(torch.equal(a, b) for a, b in zip(masks, self.plant.masks, strict=True))
         if not same or compact != self.plant.compact:
             shapes, held = self.shapes, self.widths
@@ -336,15 +356,3 @@ class Run:
 
     def rejoin(self, source: int) -> None:
         together.rejoin(self, source)
-
-
-def _plant(
-    model: nn.Module, optimizer: Optimizer | None, structure: Structure, park_on: torch.device | None
-) -> Plant:
-    if not is_sharded(model):
-        return Plant(model, optimizer, structure, park_on=park_on)
-    if optimizer is None:
-        raise ValueError("optimizer=None: sharded parameters need one; give the optimizer that steps them")
-    from ..plant.sharded import ShardedPlant  # it imports a good deal of torch
-
-    return ShardedPlant(model, optimizer, structure)

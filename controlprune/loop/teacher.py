@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from ..plant.base import named_tensors
 from ..plant.copies import dense_copies, dense_copy
-from ..plant.plant import named_tensors
 from .controller import Controller
 
 __all__ = ["Ancestor", "ancestor", "distillation"]

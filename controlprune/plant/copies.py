@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from ..structure.caches import drop_caches
 from ..structure.sizes import set_sizes
 from ..structure.standins import count_live
+from .base import BasePlant, named_tensors
 from .layout import at, cuts_of, select, set_data, whole
-from .plant import Plant, named_tensors
+from .plant import Plant
 
 __all__ = ["compact_copies", "dense_copies", "dense_copy", "small_copy"]
 
 Tensors = dict[str, Tensor]
 
 
-def compact_copies(plant: Plant) -> Tensors:
+def compact_copies(plant: BasePlant) -> Tensors:
     """Every parameter and buffer, once, at the live widths; contiguous, detached copies."""
     names = set(plant.structure.tensors)
     spots = {spot.name: spot for spot in plant.spots}
@@ -35,17 +36,17 @@ def compact_copies(plant: Plant) -> Tensors:
     return found
 
 
-def small_copy(plant: Plant) -> nn.Module:
+def small_copy(plant: BasePlant) -> nn.Module:
     """A plain model with the live entries only: what `finalize` would give now."""
     other = copy.deepcopy(plant.model)
-    if not plant.compact:
+    if plant.shrinks and not plant.compact:
         cut = Plant(other, None, plant.structure)
         cut.apply(plant.masks, compact=True)
         cut.harden()
     return other
 
 
-def dense_copies(plant: Plant) -> Tensors:
+def dense_copies(plant: BasePlant) -> Tensors:
     """Every parameter and buffer, once, at its dense shape: live entries as they are, dormant as parked."""
     names = set(plant.structure.tensors)
     found = {name: x.detach().clone() for name, x in plant.tensors().items() if name in names}
@@ -58,7 +59,7 @@ def dense_copies(plant: Plant) -> Tensors:
     return found
 
 
-def dense_copy(plant: Plant) -> nn.Module:
+def dense_copy(plant: BasePlant) -> nn.Module:
     """A plain dense model with all learned weights: what `detach` would give now."""
     other = copy.deepcopy(plant.model)
     tensors = named_tensors(other)

@@ -1,4 +1,7 @@
-"""Masks: one CPU bool tensor of N_g per group, True = active; checked where they come in."""
+"""Masks: one CPU bool tensor of N_g per group, True = active; checked where they come in.
+
+In files those of weights take a bit a unit: eight to a byte, the first in the lowest bit.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from ..structure.groups import Structure
 
-__all__ = ["Masks", "all_on", "checked"]
+__all__ = ["Masks", "all_on", "checked", "from_bits", "to_bits"]
 
 Masks = tuple[Tensor, ...]
 
@@ -36,3 +39,16 @@ def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
                 f"{group.multiple}, or all {group.size}"
             )
     return tuple(mask.detach().to("cpu", copy=True) for mask in masks)
+
+
+def to_bits(mask: Tensor) -> Tensor:
+    """uint8 of ⌈N / 8⌉."""
+    padded = torch.nn.functional.pad(mask.flatten().to("cpu", torch.uint8), (0, -mask.numel() % 8))
+    return (padded.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def from_bits(bits: Tensor, units: int) -> Tensor:
+    """The reverse; ValueError if it is not of so many units."""
+    if bits.dtype != torch.uint8 or bits.shape != (-(-units // 8),):
+        raise ValueError(f"masks: {tuple(bits.shape)} {bits.dtype} for {units} units")
+    return (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[:units]

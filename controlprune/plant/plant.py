@@ -33,18 +33,19 @@ from ..structure.extents import groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
 from ..structure.standins import count_live
+from .base import BasePlant
 from .gate_gradients import Gather, Later, gather, inner, per_unit, select_others
 from .hooks import Link
-from .layout import Spot, Switch, cuts_of, follow, move
+from .layout import Spot, Switch, at, cuts_of, follow, move
 from .masks import Masks, all_on, checked
 from .optimizer import Factored, check_optimizer, factored, travelling
 from .parked import escaped, pack, parsed, small_state_aside, unpack
 from .rest import Rest
 
-__all__ = ["Plant", "named_tensors", "spots_of"]
+__all__ = ["Plant", "spots_of"]
 
 
-class Plant:
+class Plant(BasePlant):
     """The user's model and optimizer, with any of its units switched off, masked or compact.
 
     `masks` holds one CPU bool tensor of N_g per group of `structure`, True = active. Every method
@@ -81,24 +82,6 @@ class Plant:
     def _counted(self) -> tuple[Spot, ...]:
         """Those that this process counts in sums over units."""
         return self._spots
-
-    @property
-    def group(self) -> Any:
-        """The processes that hold a part of the model each; None: this one holds all of it."""
-        return None
-
-    @property
-    def place(self) -> str:
-        """Which of those processes this is; "" if there is one."""
-        return ""
-
-    def gathered(self, model: nn.Module) -> nn.Module:
-        """`model`, plain and dense, with the weights of all parts, at the present masks, small."""
-        raise ValueError("gathered: this process holds all of the model")
-
-    def own(self, name: str, tensor: Tensor) -> Tensor:
-        """The part of a whole tensor of that name that this process holds."""
-        return tensor
 
     def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
         """Switch to `masks` in the masked or the compact layout, exactly, from any other.
@@ -176,14 +159,22 @@ class Plant:
         if self._rest is not None:
             self._rest.again()
 
+    def quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
+        """Is nothing of dormant units read in this dense state dict?"""
+        for spot in self._spots:
+            value = state.get(prefix + spot.name)
+            if not isinstance(value, Tensor):
+                continue
+            value = self.own(spot.name, value)
+            for dim, index in at(spot.cuts, "silent").items():
+                if value.index_select(dim, index.to(value.device)).any():
+                    return False
+        return True
+
     @property
     def spots(self) -> tuple[Spot, ...]:
         """The tensors that units stand in, with what is parked of them: to read, not to change."""
         return self._spots
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every parameter and buffer under all its names, as they are now."""
-        return named_tensors(self.model)
 
     def read_later(self, later: Later) -> None:
         """Gradients are averaged over replicas: `later` calls back when they are, in every backward pass."""
@@ -332,11 +323,3 @@ def spots_of(structure: Structure) -> tuple[Spot, ...]:
             read = {dim: frozenset(which) for dim, which in reads.get(name, {}).items()}
             found.append(Spot(name, extents, name in structure.parameters, read, groups))
     return tuple(found)
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under all its names, as they are now."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }

@@ -39,9 +39,10 @@ from torch.optim import Optimizer
 
 from ..structure.extents import Window
 from ..structure.groups import Structure
+from .base import named_tensors
 from .hooks import Link
 from .layout import Spot
-from .plant import Plant, named_tensors, spots_of
+from .plant import Plant, spots_of
 
 __all__ = ["ShardedPlant"]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..allocate.limits import uniform_under
 from ..cost.measurement import Measurement
 from ..cost.problem import Problem
+from ..plant.base import Kind
 
 __all__ = ["Decision", "Observation", "Policy", "Wants"]
 
@@ -36,6 +37,7 @@ class Wants:
     """What is needed of one step: its `gradients` to be read, a `decision` to be asked for after it."""
 
     gradients: bool = False
+    kind: Kind = "gate"  # what of a weight's gradient, where units are weights (plant/base.py)
     decision: bool = False
 
 

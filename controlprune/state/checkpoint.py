@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..plant.base import BasePlant
 from ..plant.hooks import Link
 from ..plant.joint import members
-from ..plant.layout import at
-from ..plant.plant import Plant
+from ..plant.masks import from_bits, to_bits
 from ..structure.extents import size
 from ..structure.groups import widths_of
 from .saver import Saver
@@ -42,7 +42,10 @@ class Checkpoints:
     """Hooks on `state_dict` and `load_state_dict` of one model and its optimizer."""
 
     def __init__(
-        self, plant: Plant, optimizer: Optimizer | None, relayout: Callable[[tuple[Tensor, ...], bool], None]
+        self,
+        plant: BasePlant,
+        optimizer: Optimizer | None,
+        relayout: Callable[[tuple[Tensor, ...], bool], None],
     ):
         self.plant, self.optimizers, self.relayout = plant, members(optimizer), relayout
         self.waiting: list[tuple[Optimizer, Tensor, Any]] = []
@@ -107,7 +110,8 @@ class Checkpoints:
 
     def _describe(self) -> dict[str, Any]:
         names = self.plant.structure.names
-        masks = {name: mask.clone() for name, mask in zip(names, self.plant.masks, strict=True)}
+        kept = to_bits if self.plant.packs else torch.clone
+        masks = {name: kept(mask) for name, mask in zip(names, self.plant.masks, strict=True)}
         return {"masks": masks, "compact": self.plant.compact}
 
     def _parsed(self, saved: Any) -> tuple[tuple[Tensor, ...], bool]:
@@ -116,6 +120,9 @@ class Checkpoints:
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"state_dict: what it says of masks cannot be read ({error!r})") from error
         structure = self.plant.structure
+        if self.plant.packs:
+            known = dict(zip(structure.names, structure.sizes, strict=True))
+            masks = {name: from_bits(mask, known.get(name, 0)) for name, mask in masks.items()}
         sizes = {name: tuple(mask.shape) for name, mask in masks.items()}
         if sizes != {name: (n,) for name, n in zip(structure.names, structure.sizes, strict=True)}:
             raise ValueError(
@@ -128,7 +135,7 @@ class Checkpoints:
         """A dict that does not say which units it holds."""
         plant = self.plant
         present = plant.masks if plant.compact else None
-        if not self._misfit(state, prefix, present) and (plant.compact or self._quiet(state, prefix)):
+        if not self._misfit(state, prefix, present) and (plant.compact or plant.quiet(state, prefix)):
             return
         wrong = self._misfit(state, prefix, None)
         if wrong:
@@ -147,18 +154,6 @@ class Checkpoints:
             if isinstance(value, Tensor) and tuple(value.shape) != tuple(size(e, widths) for e in extents):
                 return prefix + name
         return ""
-
-    def _quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
-        """Is nothing of dormant units read in this dense dict?"""
-        for spot in self.plant.spots:
-            value = state.get(prefix + spot.name)
-            if not isinstance(value, Tensor):
-                continue
-            value = self.plant.own(spot.name, value)
-            for dim, index in at(spot.cuts, "silent").items():
-                if value.index_select(dim, index.to(value.device)).any():
-                    return False
-        return True
 
     # --- optimizer state that does not say its masks --------------------------------------------
 

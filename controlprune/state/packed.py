@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..plant.plant import Plant
+from ..plant.base import BasePlant
 
 __all__ = ["Packed"]
 
@@ -29,7 +29,7 @@ ENTRY = "packed"
 
 class Stateful(Protocol):
     @property
-    def plant(self) -> Plant: ...
+    def plant(self) -> BasePlant: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

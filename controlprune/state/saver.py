@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..plant.plant import Plant
+from ..plant.base import BasePlant
 from ..structure.groups import widths_of
 from .widths import record
 
@@ -37,7 +37,7 @@ def remembered(model: nn.Module) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def present_record(plant: Plant) -> dict[str, Any]:
+def present_record(plant: BasePlant) -> dict[str, Any]:
     """Of the active units of this moment, over what the model carries."""
     return record(plant.structure, widths_of(plant.masks), remembered(plant.model))
 
@@ -60,13 +60,13 @@ def recorded(model: nn.Module, widths: Mapping[str, Any]) -> Iterator[None]:
 class Saver:
     """Stands before `save_pretrained` of one model."""
 
-    def __init__(self, model: nn.Module, plant: Plant | None = None) -> None:
+    def __init__(self, model: nn.Module, plant: BasePlant | None = None) -> None:
         self.model = model
-        self.plant: Callable[[], Plant | None] = _nothing if plant is None else weakref.ref(plant)
+        self.plant: Callable[[], BasePlant | None] = _nothing if plant is None else weakref.ref(plant)
         self.quiet = False
 
     @staticmethod
-    def before(plant: Plant) -> Saver | None:
+    def before(plant: BasePlant) -> Saver | None:
         """Put in place, if the model has such a method."""
         if not callable(getattr(type(plant.model), "save_pretrained", None)):
             return None

@@ -21,7 +21,7 @@ from .tape.tape import Tape
 from .untouched import untouched
 from .verify import verify
 
-__all__ = ["analyse", "find_groups", "require_groups"]
+__all__ = ["analyse", "find_groups", "require_groups", "tensors_in"]
 
 
 def analyse(
@@ -36,7 +36,7 @@ def analyse(
     `example_inputs`: a tuple (positional), a dict (keywords) or one tensor. `ignored_layers`: modules or
     their names, left alone. `check`: try masked against shrunk on the model, and refuse what disagrees.
     """
-    ignored = _ignored_tensors(model, ignored_layers)
+    ignored = tensors_in(model, ignored_layers)
     example_inputs = _on_meta(model, example_inputs)
     with untouched(model, example_inputs):
         structure, trains = _traced(model, example_inputs, ignored)
@@ -93,7 +93,8 @@ def require_groups(structure: Structure, model: str = "this model") -> Structure
     return structure
 
 
-def _ignored_tensors(model: nn.Module, ignored_layers: Sequence[nn.Module | str]) -> Collection[str]:
+def tensors_in(model: nn.Module, ignored_layers: Sequence[nn.Module | str]) -> Collection[str]:
+    """The parameters of these modules, by their canonical names; ValueError if one is none of the model."""
     modules = dict(model.named_modules())
     names = {module: name for name, module in modules.items()}
     found: dict[str, None] = {}

@@ -49,6 +49,8 @@ class Group:
     kind: str  # "channel", "neuron", "head", "head member", "group", … : for people, no behaviour hangs on it
     slices: tuple[Slice, ...]
     multiple: int = 1  # live widths must be a multiple of it (a kernel of the model insists)
+    step: int = 0  # between widths that are tried; 0: as the grid says (cost/grid.py)
+    least: int = 0  # the narrowest; 0: as the grid says
 
     @property
     def readers(self) -> tuple[Slice, ...]:
@@ -74,8 +76,9 @@ class Work:
 
     where: str  # dotted name of the module that ran it
     operator: str
-    coefficient: int
+    coefficient: float
     factors: tuple[Extent, ...]
+    weights: tuple[str, ...] = ()  # the parameters that it contracts with
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Structure:
     dimension, Fixed where nothing is prunable; `work` the counted operators of one forward pass on the
     example inputs in eval mode; `traffic` what each operator of that pass writes, like terms added up;
     `activations` what each operator of a pass in training mode allocates, one entry per tensor, in order;
-    `aliases` the extra names of shared tensors -> canonical name; `norms` the modules that count live units.
+    `aliases` the extra names of shared tensors -> canonical name; `norms` the modules that count live units;
+    `entries` how many entries of a tensor there are, where units are entries of it (granularity/).
     """
 
     groups: tuple[Group, ...]
@@ -118,6 +122,7 @@ class Structure:
     activations: tuple[Work, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[LiveNorm, ...] = ()
+    entries: Mapping[str, Extent] = field(default_factory=dict)
     forwards: int = 0  # of the model, that the traces and the check took
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 

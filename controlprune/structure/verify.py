@@ -53,7 +53,7 @@ def verify(
     return replace(left, verified=True, forwards=structure.forwards + check.trial.forwards)
 
 
-def _flops(structure: Structure) -> int:
+def _flops(structure: Structure) -> float:
     return sum(work.coefficient * math.prod(size(f) for f in work.factors) for work in structure.work)
 
 

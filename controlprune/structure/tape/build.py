@@ -180,12 +180,12 @@ def _work(traced: TracedWork, numbers: dict[Axis, int], known: dict[Axis, Extent
         if axis.root not in known:
             known[axis.root] = _extent(axis, numbers)
     factors = tuple(known[axis.root] for axis in traced.factors)
-    return Work(traced.where, traced.operator, traced.coefficient, factors)
+    return Work(traced.where, traced.operator, traced.coefficient, factors, traced.weights)
 
 
 def merged(terms: Iterable[Work]) -> tuple[Work, ...]:
     """Terms of the same operator, place and factors added up."""
-    total: dict[tuple[str, str, tuple[Extent, ...]], int] = {}
+    total: dict[tuple[str, str, tuple[Extent, ...]], float] = {}
     for term in terms:
         key = (term.where, term.operator, term.factors)
         total[key] = total.get(key, 0) + term.coefficient

@@ -67,6 +67,7 @@ class TracedWork:
     operator: str
     coefficient: int
     factors: tuple[Axis, ...]
+    weights: tuple[str, ...] = ()  # parameters that it contracts with
 
 
 @dataclass
@@ -140,6 +141,7 @@ class Tape:
         self._views: dict[tuple[object, ...], str] = {}
         self._named: dict[str, Entry] = {}
         self._owners: dict[int, str] = {}
+        self._contracted: frozenset[Source] = frozenset()  # with what, at the last contraction
         for name, tensor, is_parameter in _named_tensors(self.model):
             self._register(name, tensor, is_parameter)
 
@@ -245,6 +247,7 @@ class Tape:
         axis = self.unify(left.axis, right.axis)
         order = (left, right) if weight_first else (right, left)
         reader = next((dim for dim in order if dim.sources), None)
+        self._contracted = left.sources | right.sources
         if reader is None:
             self.pin(axis, MEET)
             return axis
@@ -254,7 +257,8 @@ class Tape:
     def count(self, operator: str, coefficient: int, *factors: Axis) -> None:
         """Record FLOPs = coefficient × Π sizes."""
         if self.counting:
-            self.work.append(TracedWork(self.where, operator, coefficient, factors))
+            weights = tuple(sorted({name for name, _ in self._contracted}))
+            self.work.append(TracedWork(self.where, operator, coefficient, factors, weights))
 
     def write(self, call: Call, output: Tensor, dims: Dims) -> None:
         """Record what the operator writes in eval mode, and what it allocates in training mode."""
