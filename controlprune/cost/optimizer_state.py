@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..plant.joint import inside, members
-from ..plant.optimizer import entry_dims
+from ..plant.optimizer import entry_dims, require_nothing_beside
 
 __all__ = ["Kept", "kept_state", "require_carried"]
 
@@ -129,4 +129,6 @@ def _probe(
             f"optimizer: what {type(optimizer).__name__} keeps per parameter cannot be told before its first "
             f"step (a trial step raised {type(error).__name__}: {error}); take one step with it, then attach"
         ) from error
+    if few.ndim > 1:  # fewer elements than these may be settings
+        require_nothing_beside(stand_in)
     return _kept(optimizer, stand_in.state[few], few, whose)

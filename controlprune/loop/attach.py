@@ -36,6 +36,7 @@ from ..structure import analyse
 from ..structure.analyse import tensors_in
 from ..structure.groups import Structure
 from ..structure.record import batch_size
+from ..structure.surroundings import plainly
 from ..structure.traced import Traced
 from .controller import Controller
 from .replicas import several, unwrapped
@@ -45,6 +46,7 @@ from .telling import Progress
 __all__ = ["attach"]
 
 
+@plainly
 def attach(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None,
@@ -208,6 +210,10 @@ def _check_arguments(model: object, budget: object, total_steps: object, policy:
         raise ValueError(
             f"model: its parameter {lazy[0]!r} has no shape yet (a lazy module); run one forward pass first, "
             "and give the optimizer the parameters that it made"
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "model: it was made in torch.inference_mode(), so nothing of it can be trained; make it outside"
         )
     require_budget(budget)
     require_steps(total_steps)

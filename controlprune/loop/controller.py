@@ -22,6 +22,7 @@ from ..plant.masks import checked
 from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
 from ..structure.portable import misfit
+from ..structure.surroundings import plainly
 from .ending import Ending
 from .history import History
 from .run import Run
@@ -181,6 +182,7 @@ class Controller:
     # --- the loop -------------------------------------------------------------------------------
 
     @uninterrupted
+    @plainly
     def step(self, loss: Tensor | float | None = None) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`.
 
@@ -230,6 +232,7 @@ class Controller:
         self._require_live("expand")
         self._run.relayout(self.plant.masks, False)
 
+    @plainly
     def follow(self, model: nn.Module) -> None:
         """Keep a copy of the model (an average of its weights, say) at the same units and layout.
 
@@ -244,6 +247,7 @@ class Controller:
     # --- the end --------------------------------------------------------------------------------
 
     @uninterrupted
+    @plainly
     def finalize(self, into: nn.Module | None = None) -> nn.Module:
         """The same model object, plain, dense and small, inside the budget; the optimizer stays valid.
 

@@ -24,8 +24,9 @@ def apply_to_all(plants: Sequence[BasePlant], masks: Sequence[Tensor], *, compac
     """All of them go to these masks, or none."""
     with ExitStack() as undo:
         for plant in plants:
-            undo.callback(plant.apply, plant.masks, compact=plant.compact)
+            before, was_compact = plant.masks, plant.compact
             plant.apply(masks, compact=compact)
+            undo.callback(plant.apply, before, compact=was_compact)
         undo.pop_all()
 
 

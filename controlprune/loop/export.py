@@ -35,6 +35,7 @@ from ..structure.portable import (
     structure_from_json,
     structure_to_json,
 )
+from ..structure.surroundings import plainly
 from .controller import Controller
 from .run import require_unattached
 
@@ -44,6 +45,7 @@ FORMAT = 2  # 2: with a checksum
 Masks = tuple[Tensor, ...]
 
 
+@plainly
 def save(controller: Controller, path: str | Path) -> None:
     """Write the model at its present active units; the training goes on undisturbed."""
     if not isinstance(controller, Controller):
@@ -75,6 +77,7 @@ def save(controller: Controller, path: str | Path) -> None:
             raise OSError(str(error)) from error
 
 
+@plainly
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """`model` (dense, of the class that was saved) at the saved widths with the saved tensors."""
     require_unattached(model)

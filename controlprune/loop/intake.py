@@ -22,6 +22,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Unread:
     loss: Tensor | None
     ran: bool  # the optimizer, with gradients
     row: Tensor | None
-    live: tuple[Tensor, ...] | None  # the masks when it was read, where the others are absent
+    live: tuple[Tensor, ...] | None  # the units that it tells of; None: all
 
 
 class Intake:
@@ -66,6 +67,7 @@ class Intake:
         self.bad_in_a_row = 0
         self.fresh = False  # was the last step read a good one?
         self.idle = False  # had the last step no new gradients?
+        self.told = False  # that some consumers are frozen
         self.owed = False  # gate gradients were asked for and the optimizer has not run since
         self._ran = False  # the optimizer, since the last step
         self._gradients = False  # there were some when it ran
@@ -86,7 +88,26 @@ class Intake:
         self._rows.pop(optimizer, None)
         if gradients and (read or self.owed):
             self._rows[optimizer] = _unscaled(self.plant.gate_gradient(self._part(optimizer)), optimizer)
-            self._live = self.plant.masks if self.plant.compact else None
+            self._live = self._heard()
+
+    def _heard(self) -> tuple[Tensor, ...] | None:
+        """The units whose gate gradient is known now, None: all. The others are absent, or read by what is
+        frozen, which is said once."""
+        masks, observable = self.plant.masks, self.plant.observable
+        if all(observable):
+            return masks if self.plant.compact else None
+        if not self.told:
+            self.told = True
+            names = [n for n, o in zip(self.plant.structure.names, observable, strict=True) if not o]
+            listed = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+            warnings.warn(
+                f"controlprune: what reads the units of {listed} is frozen, so that no gradient tells what "
+                "they are worth: they are ranked by the norm of what reads them, and count as much as the "
+                "average of the others. To leave them alone, name their layers in ignored_layers",
+                stacklevel=8,
+            )
+        here = masks if self.plant.compact else [torch.ones_like(mask) for mask in masks]
+        return tuple(mask & torch.tensor(o) for mask, o in zip(here, observable, strict=True))
 
     def _part(self, optimizer: Optimizer | None) -> set[int] | None:
         """The parameters of one of several optimizers."""
@@ -230,7 +251,7 @@ def _scalar(loss: object, *, strict: bool) -> Tensor | None:
         if loss.numel() != 1:
             raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
         return loss.detach().reshape(()).clone()
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+    if isinstance(loss, Real) and not isinstance(loss, bool):
         return torch.tensor(float(loss))
     if strict:
         raise TypeError(

@@ -33,9 +33,11 @@ from ..plant.base import BasePlant
 from ..plant.hooks import Link
 from ..plant.interrupts import uninterrupted
 from ..plant.joint import members, stepped
+from ..plant.layout import Changed
 from ..policies.base import Decision, Observation, Policy
 from ..state.checkpoint import Checkpoints
 from ..structure.groups import widths_of
+from ..structure.surroundings import plainly
 from . import saved, together
 from .cadence import Strangers
 from .ends import abandon, apply_to_all
@@ -106,6 +108,7 @@ class Run:
         self.live = True
         self.listeners: list[Callable[[Any], object]] = [News()]  # told of every update
         self._blind = False  # could gradients not be read?
+        self._stuck = False  # can the masks not be changed any more?
         self._end = weakref.finalize(
             self, abandon, self.plant, self.followers, [*self._hooks, self._strangers, self.checkpoints]
         )
@@ -147,9 +150,11 @@ class Run:
         plant = self.plant
         return widths_of(plant.masks) if plant.compact else plant.structure.sizes
 
+    @plainly
     def state_dict(self) -> dict[str, Any]:
         return saved.state_of(self)
 
+    @plainly
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         saved.restore(self, state)
 
@@ -159,14 +164,19 @@ class Run:
         """The optimizer is called: it is observed when it has its gradients."""
         return when_closed(args, kwargs, lambda returned: self._see(optimizer, returned))
 
+    @uninterrupted
+    @plainly
     def _see(self, optimizer: Optimizer | None, returned: object) -> None:
         """Are there gradients, and what do the gates see?"""
         started = time.process_time()
         self.metering.enter()
         self.checkpoints.require_admitted()
         wanted = self.policy.wants(self.steps + 1).gradients
+        read = wanted and not self._blind and not self._stuck
         try:
-            self.intake.before_step(optimizer, returned, read=wanted and not self._blind)
+            self.intake.before_step(optimizer, returned, read=read)
+        except Changed as error:
+            self._hold_still(error)
         except (
             Exception
         ) as error:  # what can't be observed on this model is given up, and the training goes on
@@ -211,8 +221,9 @@ class Run:
     @property
     def due(self) -> bool:
         wanted = self.postponed or self.policy.wants(self.steps).decision
-        return wanted and self.steps <= self.problem.total_steps
+        return wanted and self.steps <= self.problem.total_steps and not self._stuck
 
+    @plainly
     def read(self) -> None:
         """Hand the steps since the last reading to the policy."""
         own, ran, rows = self.intake.unread()
@@ -252,6 +263,8 @@ class Run:
         if self.postponed:
             return
         plant = self.plant
+        if not self._done(plant.recheck):
+            return
         self.measurements += self.metering.read(self.problem, self.widths)
         if self.steps - self.measured_at >= AGAIN:
             self.measure()
@@ -267,11 +280,27 @@ class Run:
             held=self.widths,
             left=left,
         )
-        if layout is not None:
-            self.relayout(decision.masks, layout)
+        if layout is not None and not self._done(lambda: self.relayout(decision.masks, layout)):
+            return
         self.write(decision, before, was_compact)
 
+    def _done(self, change: Callable[[], object]) -> bool:
+        """Is it? Where others changed model or optimizer, it cannot be."""
+        try:
+            change()
+        except (RuntimeError, ValueError) as error:
+            self._hold_still(error)
+        return not self._stuck
+
+    def _hold_still(self, error: Exception) -> None:
+        self._stuck = True
+        warnings.warn(
+            f"controlprune: from step {self.steps + 1} on nothing is controlled, the masks hold: {error}",
+            stacklevel=7,
+        )
+
     @uninterrupted
+    @plainly
     def relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
         """The one way to other masks or the other layout."""
         compact = compact and self.plant.shrinks and not all(bool(m.all()) for m in masks)
@@ -325,6 +354,7 @@ class Run:
         for listener in list(self.listeners):
             listener(self)
 
+    @plainly
     def retarget(self, budget: Budget | Price, total_steps: int) -> None:
         """Another budget or horizon from here on."""
         problem = self.settle(budget, self.survey, total_steps)

@@ -7,8 +7,8 @@ For a gate `g` multiplied onto the output of unit `i`, whatever the activation, 
 since the columns are contracted with that output. A dormant unit's columns are zero in the masked layout,
 but its rows still compute, so their gradient arrives: it is multiplied with the parked column, added to a
 record and left out of what goes on to `.grad`. Between arrival and reading the user may rescale gradients
-(unscaling, clipping by norm, zero_grad); the record follows by the ratio of ‖p.grad‖ now to ‖p.grad‖ after
-the last arrival.
+(unscaling, clipping by norm, zero_grad); the record follows by the ratio of ‖p.grad‖₁ now to ‖p.grad‖₁
+after the last arrival (squares would leave float32 where gradients are tiny or huge).
 Where gradients are averaged over replicas, an arrival counts once they are: `Later` puts it off till then.
 """
 
@@ -98,7 +98,9 @@ class Watch:
     def landed(self, parameter: Tensor) -> None:
         """It is in `.grad`."""
         self.awaited = False
-        if self.later is None:
+        if parameter.grad is None:  # a hook of the user's stepped with it, and cleared it
+            self._forget()
+        elif self.later is None:
             self._seen(parameter.grad)
         else:
             self.brought()
@@ -132,8 +134,7 @@ class Watch:
             column = fill_zero_(self.home.index_select(d, index), others)
             self.record[d] = self.record[d] + inner(column, gradient.index_select(d, index), d)
 
-    def _seen(self, gradient: Tensor | None) -> None:
-        assert gradient is not None
+    def _seen(self, gradient: Tensor) -> None:
         self.norm, self._known = _norm(gradient.detach()), weakref.ref(gradient)
         self.version = gradient._version
 
@@ -265,4 +266,4 @@ def _zeros(shape: int | tuple[int, ...], like: Tensor) -> Tensor:
 
 def _norm(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.linalg.vector_norm(real, dtype=_wide(tensor))
+    return torch.linalg.vector_norm(real, 1, dtype=_wide(tensor))

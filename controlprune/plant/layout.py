@@ -38,6 +38,7 @@ from torch.optim import Optimizer
 from ..structure.extents import Extent, keep, size
 
 __all__ = [
+    "Changed",
     "Cut",
     "Cuts",
     "Index",
@@ -50,6 +51,7 @@ __all__ = [
     "follow",
     "move",
     "put_",
+    "require_as_laid",
     "resting_rows",
     "restore_",
     "select",
@@ -164,6 +166,23 @@ def cuts_of(
         if cut is not None:
             found[dim] = cut
     return found
+
+
+class Changed(RuntimeError):
+    """The model is not as the plant left it."""
+
+
+def require_as_laid(spots: Iterable[Spot], tensors: Mapping[str, Tensor], *, compact: bool) -> None:
+    """`Changed`, which names it, if a tensor is not as it was left: gone, or of another shape."""
+    for spot in spots:
+        left = [len(spot.cuts[d].live) if compact and d in spot.cuts else n for d, n in enumerate(spot.shape)]
+        found = tensors.get(spot.name)
+        if found is None or list(found.shape) != left:
+            what = "gone" if found is None else f"of shape {tuple(found.shape)}, and was {tuple(left)}"
+            raise Changed(
+                f"model: its tensor {spot.name!r} is {what}: replaced, pruned or parametrized by others "
+                "since the controller was attached; undo that, or detach before and attach anew after it"
+            )
 
 
 def at(cuts: Cuts, part: Part) -> dict[int, Tensor]:

@@ -33,12 +33,13 @@ from ..structure.extents import groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
 from ..structure.standins import count_live
+from ..structure.surroundings import plainly
 from .base import BasePlant
 from .gate_gradients import Gather, Later, gather, inner, per_unit, select_others
 from .hooks import Link
-from .layout import Spot, Switch, at, cuts_of, follow, move
+from .layout import Spot, Switch, at, cuts_of, follow, move, require_as_laid
 from .masks import Masks, all_on, checked
-from .optimizer import Factored, check_optimizer, factored, travelling
+from .optimizer import Factored, check_optimizer, factored, require_nothing_beside, travelling
 from .parked import escaped, pack, parsed, small_state_aside, unpack
 from .rest import Rest
 
@@ -83,6 +84,7 @@ class Plant(BasePlant):
         """Those that this process counts in sums over units."""
         return self._spots
 
+    @plainly
     def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
         """Switch to `masks` in the masked or the compact layout, exactly, from any other.
 
@@ -93,13 +95,9 @@ class Plant(BasePlant):
                 "this model was made small for good (harden); attach it anew to prune it further"
             )
         masks = checked(masks, self.structure)
-        self.follow_tensors()
-        tensors = self.tensors()
-        if missing := [spot.name for spot in self._spots if spot.name not in tensors]:
-            raise RuntimeError(
-                f"model: its tensor {missing[0]!r} is gone: replaced, pruned or parametrized by others since "
-                "the controller was attached; undo that, or detach before and attach anew after it"
-            )
+        tensors = self.follow_tensors()
+        require_as_laid(self._spots, tensors, compact=self.compact)
+        require_nothing_beside(self.optimizer)
         self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
         changed = {
@@ -111,8 +109,7 @@ class Plant(BasePlant):
         if not changed and switch.now == switch.then:
             return
         known: dict = {}
-        # what is made here is trained on, whoever calls
-        with ExitStack() as undo, torch.inference_mode(False), torch.no_grad():
+        with ExitStack() as undo, torch.no_grad():
             undo.callback(self._set, self.masks, self.compact, tensors)
             self._unhook()
             for spot in (s for s in self._spots if s.groups & changed):
@@ -131,6 +128,7 @@ class Plant(BasePlant):
                 drop_caches(self.model)
             self._set(masks, compact, tensors)
             undo.pop_all()
+        torch.clear_autocast_cache()  # the weights it knows are no more
 
     def _set(self, masks: Masks, compact: bool, tensors: Mapping[str, Tensor]) -> None:
         self.masks, self.compact = masks, compact
@@ -142,17 +140,22 @@ class Plant(BasePlant):
         """What norms take their statistics over; None: all that they get."""
         return None if self.compact else self.masks
 
-    def follow_tensors(self) -> None:
-        """What is parked goes where the user took the model: to another number type or device."""
+    def follow_tensors(self) -> dict[str, Tensor]:
+        """What is parked goes where the user took the model: other number types, devices, objects."""
         tensors = self.tensors()
         known: dict = {}
-        moved = False
+        moved = self._rest is not None and self._rest.strayed(tensors)
         for spot in (s for s in self._spots if s.home is not None and s.name in tensors):
             moved |= follow(
                 spot, tensors[spot.name], self.masks, self.park_on if self.compact else None, known
             )
         if moved:
             self._set(self.masks, self.compact, tensors)
+        return tensors
+
+    def recheck(self) -> None:
+        """`Changed` unless the tensors are those that were left, or others of their names and shapes."""
+        require_as_laid(self._spots, self.follow_tensors(), compact=self.compact)
 
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""
@@ -222,8 +225,22 @@ class Plant(BasePlant):
 
     @property
     def has_gradients(self) -> bool:
-        """Has anything that reads a unit a gradient now?"""
-        return any(tensor.grad is not None for tensor in self._plan()[1].values())
+        """Has anything that units stand in a gradient now?"""
+        tensors = self._seen or self.tensors()
+        return any(s.name in tensors and tensors[s.name].grad is not None for s in self._spots)
+
+    @property
+    def observable(self) -> tuple[bool, ...]:
+        """Per group: is all trained that reads its units, so that ∂L/∂g is known?"""
+        tensors = self._plan()[1]
+        frozen = {
+            g
+            for spot in self._spots
+            for groups in spot.reads.values()
+            for g in groups
+            if not (spot.is_parameter and tensors[spot.name].requires_grad)
+        }
+        return tuple(g not in frozen for g in range(len(self.structure.groups)))
 
     def weight_norms(self) -> list[Tensor]:
         """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
@@ -274,8 +291,9 @@ class Plant(BasePlant):
         """Which positions of which reader tensors tell of which unit, worked out once per layout."""
         if self._gather is None:
             tensors = self.tensors()
-            self._seen = {spot.name: tensors[spot.name] for spot in self._counted if spot.reads}
-            device = next((tensor.device for tensor in self._seen.values()), None)
+            require_as_laid(self._spots, tensors, compact=self.compact)
+            self._seen = {spot.name: tensors[spot.name] for spot in self._spots}
+            device = next((tensors[spot.name].device for spot in self._counted if spot.reads), None)
             self._gather = gather(self._counted, self.masks, self.compact, device)
         return self._gather, self._seen
 

@@ -48,6 +48,7 @@ class Rest:
         self.handles: list[Any] = []
         self.kinds: list[tuple[torch.dtype, torch.device]] = []
         self.places: list[tuple[Tensor, Rows, Index]] = []
+        self.names = [spot.name for spot in spots]
         try:
             self._hook(model, optimizer, spots, tensors, later)
         except BaseException:
@@ -90,6 +91,13 @@ class Rest:
                 for dim, (index, values) in rows.items():
                     weights.index_copy_(dim, index, values)
                 fill_zero_(weights, silent)
+
+    def strayed(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Has the model other objects of the same shapes under these names now?"""
+        pairs = [(tensors.get(n), p) for n, (p, *_) in zip(self.names, self.places, strict=True)]
+        return any(now is not p for now, p in pairs) and all(
+            now is not None and now.shape == p.shape for now, p in pairs
+        )
 
     def remove(self) -> None:
         for handle in (*self.handles, *(h for watch in self.watches.values() for h in watch.handles)):

@@ -8,7 +8,9 @@ so an untrained controller is exactly the second-order score. The guess: for a u
 b = ½H + [−mean]₊ (saliency/moments.py); for one that is off, the larger of what its own gradient promises,
 [−mean − ½H]₊, and of what its curvature says it would be worth, as far as n observations since it was last
 looked at can be believed, ½H n/(n + `DOUBT`); without any, `OPTIMISM` times the weakest eighth of its group's
-active units: a group that was cut deep must be able to ask for width back.
+active units: a group that was cut deep must be able to ask for width back. Of an active unit that was never
+observed (its consumers are frozen) the norm w of what reads it tells: b = b̄ w / w̄, the mean value of those
+that were (1 if none was) times its share of its group's norm.
 
 θ learns with the model, from the rows that training shows anyway. A unit's gate is relaxed,
 
@@ -102,7 +104,7 @@ def features(s: Statistics) -> Tensor:
 
 def first_guess(s: Statistics) -> Tensor:
     """b > 0, shape (U,), in units of the loss."""
-    active = 0.5 * s.curvature + (-s.mean).clamp_min(0.0)
+    active = _told_by_norm(s, 0.5 * s.curvature + (-s.mean).clamp_min(0.0))
     promise = (-s.mean - 0.5 * s.curvature).clamp_min(0.0)
     weakest = torch.zeros(int(s.group.max()) + 1)
     for g in range(len(weakest)):
@@ -111,6 +113,16 @@ def first_guess(s: Statistics) -> Tensor:
     looked_at = torch.maximum(promise, 0.5 * s.curvature) * s.seen / (s.seen + DOUBT)
     dormant = torch.where(s.seen > 0, looked_at, OPTIMISM * weakest[s.group])
     return torch.where(s.on, active, dormant).clamp_min(TINY)
+
+
+def _told_by_norm(s: Statistics, active: Tensor) -> Tensor:
+    """The value of active units, where it was observed and where not."""
+    known, unknown = s.on & (s.seen > 0), s.on & (s.seen == 0)
+    if not bool(unknown.any()):
+        return active
+    level = active[known].mean() if bool(known.any()) else torch.ones(())
+    share = (s.weight + TINY) / (_by_group(s.weight, s.group, s.on) + TINY)
+    return torch.where(unknown, level * share, active)
 
 
 class GateController:

@@ -16,6 +16,7 @@ from .formula import recognised
 from .groups import Group, Structure
 from .record import ExampleInputs, record
 from .sizes import bind_module_attributes
+from .surroundings import plainly
 from .tape.build import build
 from .tape.tape import Tape
 from .untouched import untouched
@@ -76,6 +77,7 @@ def _on_meta(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), example_inputs)
 
 
+@plainly
 def find_groups(
     model: nn.Module, example_inputs: ExampleInputs, *, ignored_layers: Sequence[nn.Module | str] = ()
 ) -> tuple[Group, ...]:

@@ -29,6 +29,7 @@ from .rules import spatial as rules_spatial
 from .rules import views as rules_views
 from .rules.elementwise import elementwise
 from .rules.table import fresh, lookup, taint
+from .surroundings import as_found
 from .tape.attributes import SizeWatcher, traced_attributes
 from .tape.tape import Call, Dims, Rule, Tape, storage_of
 
@@ -120,7 +121,7 @@ class Recorder(TorchDispatchMode):
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
     """model(*tuple), model(**dict) or model(tensor)."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), as_found():
         warnings.simplefilter("ignore")  # the user hears the model's own warnings from the user's own calls
         if isinstance(example_inputs, Tensor):
             return model(example_inputs)

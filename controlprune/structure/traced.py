@@ -16,6 +16,7 @@ from torch import nn
 from ..structure import analyse, require_groups
 from .groups import Structure
 from .record import batch_size
+from .surroundings import plainly
 
 __all__ = ["Traced", "trace"]
 
@@ -28,6 +29,7 @@ class Traced:
     batch: int
 
 
+@plainly
 def trace(model: nn.Module, example_inputs: Any, *, ignored_layers: Sequence[nn.Module | str] = ()) -> Traced:
     """Trace `model` on `example_inputs` (a tuple, a dict or a tensor); ValueError if nothing is prunable."""
     structure = analyse(model, example_inputs, ignored_layers=ignored_layers)
