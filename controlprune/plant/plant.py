@@ -97,7 +97,8 @@ class Plant(BasePlant):
         masks = checked(masks, self.structure)
         tensors = self.follow_tensors()
         require_as_laid(self._spots, tensors, compact=self.compact)
-        require_nothing_beside(self.optimizer)
+        if compact:
+            require_nothing_beside(self.optimizer)
         self._summed |= factored(self.optimizer)
         states = {s.name: self._state(s, tensors[s.name]) for s in self._spots}  # raises before any change
         changed = {
