@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from ..structure.record import ExampleInputs, call_model, copied
+from ..structure.saying import warn
 from ..structure.untouched import untouched
 from .clock import Timing, device_clock, measure_interleaved
 from .instruments import Instruments
@@ -87,10 +87,9 @@ class Gauge:
             return isolated(model)
         except Exception as error:
             self._fails = True
-            warnings.warn(
+            warn(
                 f"controlprune: the model can't be copied ({type(error).__name__}: {error}), so its latency "
                 "is not measured during the run, only modelled from what was timed when attaching",
-                stacklevel=2,
             )
             return None
 

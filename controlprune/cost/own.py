@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 from torch import nn
 
 from ..budget import Budget, Price
+from ..structure.saying import warn
 from .forward_time import isolated
 
 __all__ = ["Own"]
@@ -29,9 +29,8 @@ class Own:
                 found[name] = float(measure(isolated(model))) / self._dense[name]
             except Exception as error:
                 del self.sensed[name]
-                warnings.warn(
+                warn(
                     f"controlprune: {name} could not be measured ({type(error).__name__}: {error}); it "
                     "stays as its cost models it",
-                    stacklevel=2,
                 )
         return found

@@ -10,7 +10,6 @@ optimizer steps the model (at once), the optimizer does not run, it runs without
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -22,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..plant.hooks import Link
 from ..plant.joint import inside
+from ..structure.saying import warn
 
 __all__ = ["Cadence", "Strangers"]
 
@@ -107,10 +107,9 @@ class Strangers:
         if not held or any(o is part for o in self.own for part in inside(optimizer)):
             return
         mine = ", ".join(type(o).__name__ for o in self.own)
-        warnings.warn(
+        warn(
             f"controlprune: a {type(optimizer).__name__} that the controller does not know steps {held} "
             f"parameters of this model (it is attached to {mine}): what it does is not observed, and its "
             "state cannot follow a shrink. Was the optimizer made anew? Give all that step the model: "
             "controller.detach(), then attach(model, [optimizer, …])",
-            stacklevel=4,
         )

@@ -6,7 +6,6 @@ How it runs inside is loop/run.py.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -22,6 +21,7 @@ from ..plant.masks import checked
 from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
 from ..structure.portable import misfit
+from ..structure.saying import warn
 from ..structure.surroundings import plainly
 from .ending import Ending
 from .history import History
@@ -192,10 +192,9 @@ class Controller:
         """
         self._require_live("step")
         if self.steps == self._run.problem.total_steps:
-            warnings.warn(
+            warn(
                 f"controlprune: step {self.steps + 1} is past total_steps={self.steps}; the masks hold from "
                 "here on",
-                stacklevel=3,
             )
         self._run.step(loss)
 
@@ -314,16 +313,14 @@ class Controller:
             if name not in self._run.problem.measured and use[name] > limit * (1.0 + 1e-9)
         ]
         if beyond:
-            warnings.warn(
+            warn(
                 f"controlprune: finalize: the policy ended above its budget: {'; '.join(beyond)}. Its "
                 "decide() is asked once more at the end (observation.final): masks within it must come then",
-                stacklevel=4,
             )
         if over:
-            warnings.warn(
+            warn(
                 f"controlprune: finalize: {'; '.join(over)}; no smaller net was found, as measured just now. "
                 "Loosen it, or look for what else ran on this machine",
-                stacklevel=4,
             )
 
     @uninterrupted

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 
 from ..cost.problem import Problem
 from ..state.files import replacing
+from ..structure.saying import warn
 
 __all__ = ["History", "Record", "history_of", "merge"]
 
@@ -149,10 +149,9 @@ class History:
             if not self._behind:
                 if path.exists():
                     os.truncate(path, length)
-                warnings.warn(
+                warn(
                     f"controlprune: history: {str(path)!r} could not be written ({error.strerror}); the rows "
                     "are kept and follow when it can be",
-                    stacklevel=2,
                 )
             self._behind = True
 

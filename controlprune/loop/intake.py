@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -31,6 +30,7 @@ from torch.optim import Optimizer
 
 from ..plant.base import BasePlant
 from ..plant.joint import stepped
+from ..structure.saying import warn
 from .cadence import REPEATED, Cadence
 
 __all__ = ["Intake", "Step", "when_closed"]
@@ -100,11 +100,10 @@ class Intake:
             self.told = True
             names = [n for n, o in zip(self.plant.structure.names, observable, strict=True) if not o]
             listed = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
-            warnings.warn(
+            warn(
                 f"controlprune: what reads the units of {listed} is frozen, so that no gradient tells what "
                 "they are worth: they are ranked by the norm of what reads them, and count as much as the "
                 "average of the others. To leave them alone, name their layers in ignored_layers",
-                stacklevel=8,
             )
         here = masks if self.plant.compact else [torch.ones_like(mask) for mask in masks]
         return tuple(mask & torch.tensor(o) for mask, o in zip(here, observable, strict=True))
@@ -210,10 +209,9 @@ class Intake:
         self.spoilt += 1
         self.bad_in_a_row += 1
         if self.bad_in_a_row == REPEATED:
-            warnings.warn(
+            warn(
                 f"controlprune: {REPEATED} steps in a row were not observed (loss or gradients not finite, "
                 "or the optimizer of another replica skipped them); the masks hold until one is good",
-                stacklevel=6,
             )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +36,7 @@ from ..plant.layout import Changed
 from ..policies.base import Decision, Observation, Policy
 from ..state.checkpoint import Checkpoints
 from ..structure.groups import widths_of
+from ..structure.saying import warn
 from ..structure.surroundings import plainly
 from . import saved, together
 from .cadence import Strangers
@@ -181,10 +181,9 @@ class Run:
             Exception
         ) as error:  # what can't be observed on this model is given up, and the training goes on
             self._blind = True
-            warnings.warn(
+            warn(
                 f"controlprune: gate gradients cannot be read here ({type(error).__name__}: {error}); "
                 "from here on units are ranked without them",
-                stacklevel=4,
             )
         self.metering.leave()
         self.overhead += time.process_time() - started
@@ -201,7 +200,7 @@ class Run:
         self.metering.step()
         trouble = self.intake.cadence.trouble(self.problem.total_steps)
         if trouble:
-            warnings.warn(f"controlprune: nothing is controlled: {trouble}", stacklevel=4)
+            warn(f"controlprune: nothing is controlled: {trouble}")
         self.replicas.watch_for_ddp(self.model, self.replicate)
         if self.due and self.intake.idle and self.replicas.alone:
             self.postponed = True
@@ -294,9 +293,8 @@ class Run:
 
     def _hold_still(self, error: Exception) -> None:
         self._stuck = True
-        warnings.warn(
+        warn(
             f"controlprune: from step {self.steps + 1} on nothing is controlled, the masks hold: {error}",
-            stacklevel=7,
         )
 
     @uninterrupted

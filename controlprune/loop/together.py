@@ -7,12 +7,12 @@ differs, or where a rank ran out of data, all go on from one rank's model, optim
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ..structure.saying import warn
 from .replicas import digest, unwrapped
 
 if TYPE_CHECKING:
@@ -76,10 +76,9 @@ def repair(run: Run) -> None:
             "start again from the last checkpoint"
         )
     run.replicas.repairs += 1
-    warnings.warn(
+    warn(
         f"controlprune: at step {run.steps} the replicas did not agree on masks or statistics; all "
         "of them go on from rank 0's model, optimizer and controller",
-        stacklevel=6,
     )
     _take_over(run, 0)
     run.event = "repair"

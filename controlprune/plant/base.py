@@ -103,6 +103,10 @@ class BasePlant(ABC):
     def follow_tensors(self) -> None:
         """What is kept of the masks goes where the user took the model: number type, device."""
 
+    def recheck(self) -> None:
+        """`Changed` (plant/layout.py) unless the tensors are those that were left, or others of their shapes."""
+        self.follow_tensors()
+
     @abstractmethod
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since."""
@@ -123,6 +127,11 @@ class BasePlant(ABC):
     @abstractmethod
     def has_gradients(self) -> bool:
         """Has anything that tells of a unit a gradient now?"""
+
+    @property
+    def observable(self) -> tuple[bool, ...]:
+        """Per group: is all trained that tells of its units, so that ∂L/∂g is known?"""
+        return (True,) * len(self.structure.groups)
 
     @abstractmethod
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:

@@ -95,7 +95,8 @@ class Plant(BasePlant):
                 "this model was made small for good (harden); attach it anew to prune it further"
             )
         masks = checked(masks, self.structure)
-        tensors = self.follow_tensors()
+        self.follow_tensors()
+        tensors = self.tensors()
         require_as_laid(self._spots, tensors, compact=self.compact)
         if compact:
             require_nothing_beside(self.optimizer)
@@ -141,7 +142,7 @@ class Plant(BasePlant):
         """What norms take their statistics over; None: all that they get."""
         return None if self.compact else self.masks
 
-    def follow_tensors(self) -> dict[str, Tensor]:
+    def follow_tensors(self) -> None:
         """What is parked goes where the user took the model: other number types, devices, objects."""
         tensors = self.tensors()
         known: dict = {}
@@ -152,11 +153,11 @@ class Plant(BasePlant):
             )
         if moved:
             self._set(self.masks, self.compact, tensors)
-        return tensors
 
     def recheck(self) -> None:
         """`Changed` unless the tensors are those that were left, or others of their names and shapes."""
-        require_as_laid(self._spots, self.follow_tensors(), compact=self.compact)
+        require_as_laid(self._spots, self.tensors(), compact=self.compact)
+        self.follow_tensors()
 
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""

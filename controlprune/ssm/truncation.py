@@ -18,13 +18,13 @@ states is left for later: it would save little and disturb the optimizer all the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ..structure.saying import warn
 from .gramians import Array
 from .snapshot import Snapshot
 from .truncate import Cut, states_kept_by, states_of, truncatable, truncate, values_of
@@ -106,7 +106,7 @@ class Truncation:
             values = self._values()
         except ValueError as error:
             self._stopped = True
-            warnings.warn(f"no states are cut any more, the training goes on: {error}", stacklevel=3)
+            warn(f"no states are cut any more, the training goes on: {error}")
             return ()
         wanted = {name: self._wanted(name, layer) for name, layer in self.layers.items()}
         if self.allowed is not None and any(wanted.values()):

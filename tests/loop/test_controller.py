@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -192,3 +193,20 @@ def test_warnings_point_at_the_users_line() -> None:
     with pytest.warns(UserWarning, match="past total_steps") as seen:
         run.train(0, 2)
     assert seen[0].filename.endswith("rig.py")
+
+
+def test_warnings_from_inside_an_optimizer_do_too() -> None:
+    run = rig()
+    plant: Any = run.controller.plant
+    plant.gate_gradient = None  # calling it raises
+    x, y = batch(0, run.shape)
+
+    def loss() -> torch.Tensor:
+        value = nn.functional.cross_entropy(run.model(x), y)
+        value.backward()
+        return value
+
+    with pytest.warns(UserWarning, match="gate gradients cannot be read here") as seen:
+        run.optimizer.step(loss)
+
+    assert seen[0].filename == __file__

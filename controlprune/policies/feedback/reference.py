@@ -20,7 +20,6 @@ small: how much of a step does not shrink only the run shows, and a larger net s
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +33,7 @@ from ...control.state import pack, unpack
 from ...control.totals import hastened, mean_left, rest, steady
 from ...cost.measurement import Measurement
 from ...cost.problem import Problem
+from ...structure.saying import warn
 
 __all__ = ["Reference"]
 
@@ -135,12 +135,11 @@ class Reference:
             self._missing[name] = self._missing.get(name, 0) + 1 if missed else 0
             if self._missing[name] == SURE and name not in self._missed:
                 self._missed.add(name)
-                warnings.warn(
+                warn(
                     f"controlprune: {name} cannot end at {limit:.3g} of a dense run: {spent:.3g} is spent, "
                     f"and a step of the smallest net still takes {least:.2g} of a dense one, so {end:.3g} is "
                     "the least; the run goes on as small as it can. Loosen it (controller.budget = …), or "
                     "train for fewer steps",
-                    stacklevel=7,
                 )
 
     # --- what is asked --------------------------------------------------------------------------
