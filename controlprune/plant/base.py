@@ -104,7 +104,7 @@ class BasePlant(ABC):
         """What is kept of the masks goes where the user took the model: number type, device."""
 
     def recheck(self) -> None:
-        """`Changed` (plant/layout.py) unless the tensors are those that were left, or others of their shapes."""
+        """`Changed` (layout.py) unless the tensors are those that were left, or others of their shapes."""
         self.follow_tensors()
 
     @abstractmethod

@@ -99,6 +99,7 @@ RUNNERS = {  # where a module of the user's, or a copy, may be called: attach's 
     "cost/latency.py",
     "cost/memory.py",
     "cost/survey.py",
+    "loop/teacher.py",  # a copy, which the user calls
 }
 OWN = {"app", "ssm", "integrations"}  # the command line's tasks are its own models
 MODULES = {"model", "module", "net", "network", "twin", "small", "other", "ddp", "wrapped"}
