@@ -1,16 +1,18 @@
 """`attach(granularity=…)`, read once.
 
 "channel"      channels, neurons, heads, experts                   (channels.py)
+"weight"       single weights                                      (weights.py)
 """
 
 from __future__ import annotations
 
 from .base import Granularity
 from .channels import Channels
+from .weights import Weights
 
 __all__ = ["granularity_of"]
 
-KNOWN = '"channel"'
+KNOWN = '"channel", "weight"'
 
 
 def granularity_of(given: object) -> Granularity:
@@ -20,5 +22,7 @@ def granularity_of(given: object) -> Granularity:
     if isinstance(given, str):
         if given == "channel":
             return Channels()
+        if given == "weight":
+            return Weights()
         raise ValueError(f"granularity={given!r}: give one of {KNOWN}")
     raise TypeError(f"granularity={given!r}: give one of {KNOWN}")

@@ -26,7 +26,7 @@ from .hooks import Link
 from .interrupts import uninterrupted
 from .layout import Index, Spot, at, fill_zero_, resting_rows
 
-__all__ = ["Rest"]
+__all__ = ["Rest", "elsewhere"]
 
 Rows = dict[int, tuple[Tensor, Tensor]]
 
@@ -104,7 +104,7 @@ class Rest:
             handle.remove()
 
     def _before_forward(self, *_: Any) -> None:
-        if not _elsewhere():
+        if not elsewhere():
             self.again()
 
     def _before_saving(self, *_: Any) -> None:
@@ -118,7 +118,7 @@ class Rest:
         self.again()
 
 
-def _elsewhere() -> bool:
+def elsewhere() -> bool:
     """Is a tracer at work, or a transform of `torch.func`? They do not compute with the weights."""
     return (
         torch.compiler.is_compiling()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..control.ramp import Plan
 from ..cost.problem import Problem
+from ..plant.base import Kind
 from .scheduled import Rule, Units, at_once, require_share, require_steps, top
 from .set import regrow
 
@@ -57,6 +58,10 @@ class RigL(Rule):
     @property
     def every(self) -> int | None:
         return self.update_every
+
+    @property
+    def kind(self) -> Kind:
+        return "entry"
 
     @property
     def exchanges(self) -> float:

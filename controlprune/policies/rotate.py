@@ -59,6 +59,14 @@ class Rotation(Rule):
     def exchanges(self) -> float:
         return 1.0
 
+    def require(self, problem: Problem) -> None:
+        super().require(problem)
+        if problem.structure.entries:
+            raise ValueError(
+                "policy: cp.Rotation parks what is away, and single weights that are off are zero; give "
+                'granularity="channel", or policy=cp.RigL() or cp.SET()'
+            )
+
     def plan(self, total_steps: int) -> Plan:
         return at_once(0.0)
 

@@ -19,15 +19,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..allocate.erdos_renyi import erk_under
 from ..allocate.limits import uniform_under
 from ..control.ramp import Plan
 from ..control.scale import Observer
 from ..cost.problem import Problem
+from ..plant.base import Kind
 from ..saliency.moments import LossTrend
 from ..structure.groups import widths_of
 from .base import UPDATES, Decision, Observation, Policy, Wants
@@ -58,14 +60,20 @@ class Units:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(Policy):
-    """What all of them share."""
+    """What all of them share. `layers`: how many units of each group, where they are single weights."""
 
     shrink: bool = True  # False: masks only
+    layers: Literal["uniform", "erk"] = "uniform"  # allocate/uniform.py, allocate/erdos_renyi.py
 
     @property
     def every(self) -> int | None:
         """Optimizer steps between updates; None: `UPDATES` in a run."""
         return None
+
+    @property
+    def kind(self) -> Kind:
+        """What it asks of single weights' gradients (plant/base.py)."""
+        return "gate"
 
     @property
     def exchanges(self) -> float:
@@ -113,6 +121,12 @@ class Rule(Policy):
                 f"policy: {name}(shrink=False) keeps the net dense, so {', '.join(problem.totals)} cannot "
                 "fall; leave shrink=True"
             )
+        if self.layers not in ("uniform", "erk"):
+            raise ValueError(f'layers={self.layers!r}: give "uniform" or "erk"')
+        if self.layers == "erk" and not problem.structure.entries:
+            raise ValueError(
+                f'layers="erk": it is about single weights; give granularity="weight", or leave it, {name}()'
+            )
 
     def begin(self, problem: Problem) -> Schedule:
         self.require(problem)
@@ -145,7 +159,9 @@ class Schedule(Policy):
         known = step == 1 and bool(self.problem.totals)  # where they stand is told after a step
         due = step % self.every == 0 or step == self.looks_until or self._turns(step)
         return Wants(
-            gradients=self.looks_until > 0 or self.rule.listens(step), decision=due or looks or known
+            gradients=self.looks_until > 0 or self.rule.listens(step),
+            kind=self.rule.kind,
+            decision=due or looks or known,
         )
 
     def _turns(self, step: int) -> bool:
@@ -182,7 +198,8 @@ class Schedule(Policy):
         return Decision(masks, self.rule.shrink, asked, event="" if step else "start")
 
     def _exchanges(self, step: int) -> bool:
-        return 0 < step <= self.rule.exchanges * self.problem.total_steps
+        total = self.problem.total_steps  # after the last step nothing would be trained
+        return 0 < step <= self.rule.exchanges * total and step < total
 
     def _looks(self, step: int, masks: tuple[Tensor, ...]) -> bool:
         """Is it time to put dormant units into the tensors, before an exchange?"""
@@ -198,8 +215,9 @@ class Schedule(Policy):
 
     def _under(self, asked: Mapping[str, float]) -> tuple[int, ...]:
         limits = self.reference.modelled(asked)
+        allocation = erk_under if self.rule.layers == "erk" else uniform_under
         return self.rule.widths(
-            self.problem, uniform_under(self.problem, limits) or self.problem.structure.sizes
+            self.problem, allocation(self.problem, limits) or self.problem.structure.sizes
         )
 
     def _choose(self, seen: Observation, widths: tuple[int, ...], *, exchange: bool) -> tuple[Tensor, ...]:

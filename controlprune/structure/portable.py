@@ -122,8 +122,8 @@ def _mask(group: Group, active: Any) -> Tensor:
 
 def _require_consistent(structure: Structure) -> None:
     names = structure.names
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"group names {list(names)[:3]}: none, or one twice")
+    if len(set(names)) != len(names):
+        raise ValueError(f"group names {list(names)[:3]}: one twice")
     if not structure.parameters <= structure.tensors.keys():
         raise ValueError("a parameter that is none of the tensors")
     terms = [

@@ -477,3 +477,35 @@ def test_500_steps_on_2_ranks(rank: int) -> None:
 @ranks(4)
 def test_500_steps_on_4_ranks(rank: int) -> None:
     five_hundred_steps(rank)
+
+
+@pytest.mark.parametrize("options", ["plain", "bucket view"])
+@ranks(2)
+def test_single_weights_grow_alike(rank: int, options: str) -> None:
+    """RigL reads gradients of dormant weights, averaged over the ranks, and masks them then."""
+    inner = net()
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.05, momentum=0.9)
+    controller = cp.attach(
+        inner,
+        optimizer,
+        budget=cp.Budget(params=0.3),
+        example_inputs=(torch.zeros(2, 8),),
+        total_steps=40,
+        policy=cp.RigL(update_every=4),
+        granularity="weight",
+    )
+    model, moved = DDP(inner, **OPTIONS[options]), 0
+    for t in range(40):
+        x, y = data(t, rank)
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        before = controller.masks
+        controller.step(loss)
+        optimizer.zero_grad()
+        moved += sum(int((m != before[n]).sum()) for n, m in controller.masks.items())
+        found = digest([dict(controller.masks), bits(inner, optimizer)])
+        assert everywhere(found) == [found, found], t
+    assert moved > 100
+    assert controller._run.replicas.repairs == 0
+    controller.finalize()

@@ -180,6 +180,7 @@ class ControlLoop(Policy):
         looking = self.looks_until > 0
         return Wants(
             gradients=looking or (step % self.observe_every == 0 and not self._frozen(step)),
+            kind="return",
             decision=step in (self._freeze_step, self.looks_until) or step % self.update_every == 0,
         )
 

@@ -1,0 +1,54 @@
+"""Single weights: a unit is an entry of a parameter (granularity/entries.py), its mask in place.
+
+A unit's norm is w², its gate w ∂w, and it returns at zero (plant/entries.py). What is finalized is the model
+with zeros in it: fewer FLOPs and params as they are counted, no less time on a CPU or GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ..plant.base import is_sharded
+from ..plant.entries import EntryPlant
+from ..structure.groups import Group, Structure
+from .base import Granularity
+from .entries import STEPS, eligible, with_entries
+
+__all__ = ["Weights"]
+
+
+class Weights(Granularity):
+    """granularity="weight"."""
+
+    shrinks = False
+
+    def __str__(self) -> str:
+        return '"weight"'
+
+    def units(self, model: nn.Module, traced: Structure, ignored: Collection[str] = ()) -> Structure:
+        names, refused = eligible(model, traced, ignored)
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        groups = [Group(n, sizes[n], "weight", (), step=max(1, sizes[n] // STEPS)) for n in names]
+        if not groups:
+            reasons = "".join(f"\n  {r.name} ({r.size}): {r.reason}" for r in refused)
+            raise ValueError(
+                f"granularity={self}: no parameter of this model has weights to prune:{reasons or ' none'}"
+            )
+        return with_entries(traced, groups, lambda name: 1, refused)
+
+    def plant(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        structure: Structure,
+        park_on: torch.device | None = None,
+    ) -> EntryPlant:
+        if is_sharded(model):
+            raise ValueError(
+                f'granularity={self}: sharded parameters can be pruned by channel only; give "channel"'
+            )
+        return EntryPlant(model, optimizer, structure)
