@@ -1,4 +1,4 @@
-"""The command line: `controlprune demo | train | profile | report`."""
+"""The command line: `controlprune demo | train | profile | report | bench`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class UserError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status (0, or 2 after an error of the user's, told in one line)."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(given[:1] if given[:1] == ["bench"] else given)
+    options.arguments = given[1:]  # of the bench, which has a parser of its own
     try:
         options.command(options)
     except (UserError, TaskError, InfeasibleBudget) as error:
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="controlprune", description="Online pruning by feedback control.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"controlprune {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | train | profile | report")
+    commands = parser.add_subparsers(required=True, metavar="demo | train | profile | report | bench")
 
     demo = commands.add_parser("demo", help="watch a small network being pruned while it trains on digits")
     demo.set_defaults(command=_train, task="digits", data=None, steps=None)
@@ -108,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--carbon", type=float, default=400.0, help="grams of CO2 per kWh (default: %(default)s)"
     )
+    bench = commands.add_parser("bench", help="the tables of docs/results.md (from a checkout of the source)")
+    bench.set_defaults(command=_bench)
     return parser
 
 
@@ -229,6 +233,21 @@ def _page(histories: dict[str, History], out: Path, options: argparse.Namespace)
     except ValueError as error:
         raise UserError(str(error)) from error
     print(f"page      {out}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    """`python -m analysis`, which is beside the package in a checkout."""
+    folder = Path(__file__).parents[2]
+    if not (folder / "analysis" / "bench").is_dir():
+        raise UserError(
+            f"bench: there is no analysis/ in {folder}: it is not in the installed package. Run it from a "
+            "checkout of the source (pip install -e ., then controlprune bench, or python -m analysis)"
+        )
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.import_module("analysis.bench.main").main(options.arguments)
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _fraction(text: str) -> float:

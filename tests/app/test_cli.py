@@ -199,3 +199,18 @@ def test_progress_rewrites_its_line_on_a_terminal_and_is_sparing_elsewhere() -> 
     assert terminal.getvalue().count("\r") == 50
     assert terminal.getvalue().count("\n") == 1
     assert file.getvalue().count("\n") == 10
+
+
+def test_bench_is_the_analysis_of_the_checkout(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "tables", "text", "--results", str(tmp_path)]) == 0
+    assert "no results yet" in capsys.readouterr().out
+    assert main(["bench", "tables", "scratch"]) == 0
+    assert "| dense | " in capsys.readouterr().out
+
+
+def test_bench_says_where_it_runs_from_when_installed_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("controlprune.app.cli.__file__", str(tmp_path / "controlprune" / "app" / "cli.py"))
+    assert main(["bench", "tables"]) == 2
+    assert "from a checkout of the source" in capsys.readouterr().err
