@@ -50,7 +50,7 @@ class Step:
 
 @dataclass
 class Unread:
-    loss: Tensor | None
+    loss: Tensor | float | None  # a tensor while it is on a device, to be fetched with others
     ran: bool  # the optimizer, with gradients
     row: Tensor | None
     live: tuple[Tensor, ...] | None  # the units that it tells of; None: all
@@ -129,22 +129,24 @@ class Intake:
         self._ran, self._gradients, self._returned = False, False, None
         self._rows = {}
         full = row is not None or len(self._unread) >= PATIENCE
-        return full and all(x is None or x.device.type == "cpu" for x in (given, row))
+        return full and not isinstance(given, Tensor) and (row is None or row.device.type == "cpu")
 
     def without_data(self) -> None:
         """A step of the other replicas, for which this one had no data."""
-        self._unread.append(Unread(torch.zeros(()), True, None, None))
+        self._unread.append(Unread(0.0, True, None, None))
 
     def unread(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the n unread steps, oldest first: losses (n), verdicts (n: the optimizer ran), rows (k, U)."""
-        n = len(self._unread)
-        nothing = torch.tensor(math.nan)
-        device = next((u.loss.device for u in self._unread if u.loss is not None), nothing.device)
-        losses = [(nothing if u.loss is None else u.loss).float().to(device) for u in self._unread]
+        units = sum(self._sizes)
         rows = [u.row for u in self._unread if u.row is not None]
+        told = [u.loss for u in self._unread if isinstance(u.loss, Tensor)]
         ran = torch.tensor([float(u.ran) for u in self._unread])
-        known = torch.stack(losses).cpu() if n else torch.zeros(0)
-        return known, ran, torch.stack(rows).cpu() if rows else torch.zeros(0, sum(self._sizes))
+        device = next((x.device for x in (*rows, *told)), ran.device)
+        flat = [x.float().flatten().to(device) for x in (*told, *rows)]
+        came = iter((torch.cat(flat) if flat else torch.zeros(0)).cpu().split([len(x) for x in flat]))
+        losses = [float(next(came)) if isinstance(u.loss, Tensor) else u.loss for u in self._unread]
+        known = torch.tensor([math.nan if loss is None else loss for loss in losses])
+        return known, ran, torch.stack([*came]) if rows else torch.zeros(0, units)
 
     def accept(self, own: Tensor, losses: Tensor, ran: Tensor, rows: Tensor) -> list[Step]:
         """The unread steps: losses and verdicts as all replicas see them, and what `unread` gave here."""
@@ -195,7 +197,7 @@ class Intake:
             if any(x is not None and x.shape != (units,) for x in (row, live)):
                 raise ValueError(f"an unread step is not of {units} units")
             masks = None if live is None else live.bool().split(self._sizes)
-            loss = None if loss is None else torch.tensor(float(loss))
+            loss = None if loss is None else float(loss)
             found.append(Unread(loss, bool(entry["ran"]), row, masks))
         spoilt, bad, owed, fresh = (int(n) for n in state["counts"])
         self.cadence.load_state_dict(state["cadence"])
@@ -243,14 +245,14 @@ def _as_observed(row: Tensor, live: tuple[Tensor, ...] | None) -> Tensor:
     return row if live is None else row.masked_fill(~torch.cat(live), math.nan)
 
 
-def _scalar(loss: object, *, strict: bool) -> Tensor | None:
+def _scalar(loss: object, *, strict: bool) -> Tensor | float | None:
     """A copy: the user may change the tensor. `strict`: it was given as the loss, and not found."""
     if isinstance(loss, Tensor) and (loss.numel() == 1 or strict):
         if loss.numel() != 1:
             raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
-        return loss.detach().reshape(()).clone()
+        return float(loss.detach()) if loss.device.type == "cpu" else loss.detach().reshape(()).clone()
     if isinstance(loss, Real) and not isinstance(loss, bool):
-        return torch.tensor(float(loss))
+        return float(loss)
     if strict:
         raise TypeError(
             f"loss={type(loss).__name__}: give the scalar loss tensor of this step, or nothing: step()"

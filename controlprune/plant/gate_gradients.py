@@ -23,15 +23,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..structure.extents import keep, labels
+from ..structure.extents import groups_in, keep, labels
+from .cuts import at, heard, sent
 from .hooks import Link
 from .interrupts import uninterrupted
-from .layout import Spot, at, fill_zero_
+from .layout import Spot, fill_zero_
 
-__all__ = ["Gather", "Watch", "gather", "inner", "per_unit", "select_others"]
+__all__ = ["Gather", "Later", "Watch", "gather", "inner", "inners", "per_unit", "select_others"]
 
+SMALL = 2**16  # elements of a tensor that is multiplied together with others of its shape
 
-PerPosition: TypeAlias = Callable[[Spot, int], Tensor | None]
 Later: TypeAlias = Callable[[Callable[[], None]], None]
 
 
@@ -187,23 +188,20 @@ def gather(
             unit += [live + starts[group], dormant + starts[group]]
         places += [here, parked] if parked.length else [here]
         offset += here.length + parked.length
-    index = torch.cat(where)
+    index, whose = torch.cat(where), torch.cat(unit)
     ordered = len(index) == offset and bool((index == torch.arange(offset)).all())
-    return Gather(
-        tuple(places),
-        None if ordered else _narrow(index, offset).to(device),
-        _narrow(torch.cat(unit), starts[-1]).to(device),
-        starts[-1],
-    )
+    narrow = [_narrow(whose, starts[-1]), *([] if ordered else [_narrow(index, offset)])]
+    there = narrow if device is None else sent(narrow, device)
+    return Gather(tuple(places), None if ordered else there[1], there[0], starts[-1])
 
 
-def per_unit(plan: Gather, live: PerPosition, parked: PerPosition) -> Tensor:
-    """Sum for each unit what `live` and `parked` give per position, groups one after the other: float32."""
+def per_unit(plan: Gather, found: Sequence[Tensor | None]) -> Tensor:
+    """Sum for each unit of what was `found` at each place, groups one after the other: float32."""
     device = plan.unit.device
-    parts = []
-    for place in plan.places:
-        values = (parked if place.parked else live)(place.spot, place.dim)
-        parts.append(torch.zeros(place.length, device=device) if values is None else values.to(device))
+    parts = [
+        torch.zeros(place.length, device=device) if values is None else values.to(device)
+        for place, values in zip(plan.places, found, strict=True)
+    ]
     out = torch.zeros(plan.units, device=device)
     if parts:
         values = torch.cat(parts)
@@ -220,11 +218,37 @@ def select_others(tensor: Tensor, spot: Spot, dim: int) -> Tensor:
     return tensor
 
 
+def inners(pairs: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
+    """`inner` of each; small ones of one shape together, as a call costs more than their elements."""
+    found: list[Tensor | None] = [None] * len(pairs)
+    alike: dict[object, list[int]] = {}
+    for k, (a, b, dim) in enumerate(pairs):
+        small = a.numel() <= SMALL and a.layout == b.layout == torch.strided
+        kind = (a.shape, a.dtype, b.dtype, a.device, dim) if small else k
+        alike.setdefault(kind, []).append(k)
+    for which in alike.values():
+        a, b, dim = pairs[which[0]]
+        if len(which) == 1:
+            found[which[0]] = inner(a, b, dim)
+            continue
+        product = _product(
+            torch.stack([pairs[k][0] for k in which]), torch.stack([pairs[k][1] for k in which])
+        )
+        others = [d + 1 for d in range(a.ndim) if d != dim]
+        for k, row in zip(which, (product.sum(others) if others else product).unbind(), strict=True):
+            found[k] = row
+    return [row for row in found if row is not None]
+
+
 def inner(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Σ over all dimensions but `dim` of Re(a* b), in at least float32."""
-    product = (a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b
+    product = _product(a, b)
     others = [d for d in range(product.ndim) if d != dim]
     return product.sum(others) if others else product
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b
 
 
 def _places(spot: Spot, dim: int, masks: Sequence[Tensor], compact: bool) -> tuple[Place, Place]:
@@ -241,11 +265,10 @@ def _positions(
     extent = spot.extents[dim]
     live = keep(extent, masks)
     units = labels(extent, group)
-    others = [torch.ones_like(mask) if g == group else mask for g, mask in enumerate(masks)]
+    others = {g: torch.ones_like(masks[g]) if g == group else masks[g] for g in groups_in(extent)}
     counted = (units >= 0) & keep(extent, others)
     here, gone = counted & live, counted & ~live
-    cut = spot.cuts.get(dim)
-    silent = units[:0] if cut is None else cut.silent.cpu()
+    silent = (~heard(extent, spot.reads[dim], masks)).nonzero().flatten()
     live_at = (here[live] if compact else here).nonzero().flatten()
     parked_at = gone[silent].nonzero().flatten()
     return [(live_at, units[here]), (parked_at, units[silent[parked_at]])]

@@ -29,13 +29,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..structure.extents import Extent, keep, size
+from ..structure.extents import Extent, size
+from .cuts import Cut, CutKey, Cuts, Index, Part, along, at, cuts_at
 
 __all__ = [
     "Changed",
@@ -58,9 +59,6 @@ __all__ = [
     "set_data",
     "whole",
 ]
-
-Index = Mapping[int, Tensor]  # dimension -> int64 positions
-Part = Literal["live", "dormant", "silent", "computing"]
 
 
 def select(full: Tensor, live: Index) -> Tensor:
@@ -111,20 +109,6 @@ def set_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-@dataclass(frozen=True)
-class Cut:
-    """The positions of one dimension at given masks (int64, on the tensor's device)."""
-
-    live: Tensor
-    dormant: Tensor  # = silent ∪ computing
-    silent: Tensor  # they read a dormant unit: zero in the masked layout
-    computing: Tensor  # they compute a dormant unit: at work in the masked layout, unheard
-
-
-Cuts = Mapping[int, Cut]  # dimension -> its positions, for dimensions with dormant ones
-CutKey = tuple[Extent, frozenset[int], torch.device]
-
-
 @dataclass
 class Spot:
     """One tensor that units stand in, where it is cut now, and what is parked for it."""
@@ -143,6 +127,10 @@ class Spot:
         """Dense."""
         return torch.Size([size(extent) for extent in self.extents])
 
+    def keys(self, device: torch.device) -> list[CutKey]:
+        """Of its dimensions."""
+        return [(extent, self.reads.get(d, frozenset()), device) for d, extent in enumerate(self.extents)]
+
 
 @dataclass(frozen=True)
 class Switch:
@@ -157,15 +145,9 @@ def cuts_of(
     spot: Spot, masks: Sequence[Tensor], device: torch.device, known: dict[CutKey, Cut | None]
 ) -> dict[int, Cut]:
     """The cuts of `spot` at `masks`; `known` holds those of equal extents, worked out once per device."""
-    found = {}
-    for dim, extent in enumerate(spot.extents):
-        key = (extent, spot.reads.get(dim, frozenset()), device)
-        if key not in known:
-            known[key] = _cut(extent, key[1], masks, device)
-        cut = known[key]
-        if cut is not None:
-            found[dim] = cut
-    return found
+    keys = spot.keys(device)
+    known |= cuts_at([key for key in keys if key not in known], masks)
+    return {dim: one for dim, key in enumerate(keys) if (one := known[key]) is not None}
 
 
 class Changed(RuntimeError):
@@ -183,12 +165,6 @@ def require_as_laid(spots: Iterable[Spot], tensors: Mapping[str, Tensor], *, com
                 f"model: its tensor {spot.name!r} is {what}: replaced, pruned or parametrized by others "
                 "since the controller was attached; undo that, or detach before and attach anew after it"
             )
-
-
-def at(cuts: Cuts, part: Part) -> dict[int, Tensor]:
-    """The positions called `part`, for the dimensions that have some."""
-    found = {dim: getattr(cut, part) for dim, cut in cuts.items()}
-    return {dim: index for dim, index in found.items() if len(index)}
 
 
 def move(
@@ -286,23 +262,9 @@ def resting_rows(spot: Spot) -> dict[int, tuple[Tensor, Tensor]]:
     return found
 
 
-def _cut(extent: Extent, reads: frozenset[int], masks: Sequence[Tensor], device: torch.device) -> Cut | None:
-    live = keep(extent, masks)
-    if bool(live.all()):
-        return None
-    heard = keep(extent, [mask if g in reads else torch.ones_like(mask) for g, mask in enumerate(masks)])
-    return Cut(*(where.nonzero().flatten().to(device) for where in (live, ~live, ~heard, heard & ~live)))
-
-
-def along(cuts: Cuts, dims: Iterable[int]) -> dict[int, Cut]:
-    return {dim: cuts[dim] for dim in dims if dim in cuts}
-
-
 def _shared(state: Tensor, tensor: Tensor) -> bool:
     """Does an optimizer keep the parameter's own memory? (SAM hands its saved weights back so.)"""
-    if state.layout != torch.strided:
-        return False
-    return state.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() != 0
+    return state.layout == torch.strided and torch._C._is_alias_of(state, tensor)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

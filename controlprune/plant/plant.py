@@ -35,7 +35,8 @@ from ..structure.sizes import set_sizes
 from ..structure.standins import count_live
 from ..structure.surroundings import plainly
 from .base import BasePlant
-from .gate_gradients import Gather, Later, gather, inner, per_unit, select_others
+from .cuts import cuts_at
+from .gate_gradients import Gather, Later, gather, inner, inners, per_unit, select_others
 from .hooks import Link
 from .layout import Spot, Switch, at, cuts_of, follow, move, require_as_laid
 from .masks import Masks, all_on, checked
@@ -72,6 +73,7 @@ class Plant(BasePlant):
         self._rest: Rest | None = None
         self._seen: dict[str, Tensor] = {}
         self._gather: Gather | None = None
+        self._parked: dict[tuple[str, int], Tensor] = {}  # norms of what is parked
         self._later: Later | None = None
         self._check()
 
@@ -110,11 +112,12 @@ class Plant(BasePlant):
         switch = Switch(self.compact, compact, self.park_on)
         if not changed and switch.now == switch.then:
             return
-        known: dict = {}
+        moving = [spot for spot in self._spots if spot.groups & changed]
         with ExitStack() as undo, torch.no_grad():
             undo.callback(self._set, self.masks, self.compact, tensors)
             self._unhook()
-            for spot in (s for s in self._spots if s.groups & changed):
+            known = cuts_at((key for s in moving for key in s.keys(tensors[s.name].device)), masks)
+            for spot in moving:
                 tensor = tensors[spot.name]
                 cuts = cuts_of(spot, masks, tensor.device, known)
                 move(spot, tensor, self.optimizer, states[spot.name], cuts, switch, undo)
@@ -210,20 +213,23 @@ class Plant(BasePlant):
         `only`: what the parameters of these ids have to say.
         """
         plan, tensors = self._plan()
-
-        def heard(spot: Spot) -> bool:
-            return only is None or id(tensors[spot.name]) in only
-
-        def live(spot: Spot, dim: int) -> Tensor | None:
-            tensor = tensors[spot.name]
-            return None if tensor.grad is None or not heard(spot) else inner(tensor, tensor.grad, dim)
-
-        def parked(spot: Spot, dim: int) -> Tensor | None:
-            watch = None if self._rest is None else self._rest.watches.get(spot.name)
-            return None if watch is None or not heard(spot) else watch.read(dim)
-
+        watches = {} if self._rest is None else self._rest.watches
+        heard = {name for name, tensor in tensors.items() if only is None or id(tensor) in only}
         with torch.no_grad():
-            return per_unit(plan, live, parked)
+            pairs: dict[int, tuple[Tensor, Tensor, int]] = {}
+            found: list[Tensor | None] = [None] * len(plan.places)
+            for k, place in enumerate(plan.places):
+                name = place.spot.name
+                if name not in heard:
+                    continue
+                tensor, watch = tensors[name], watches.get(name)
+                if place.parked:
+                    found[k] = None if watch is None else watch.read(place.dim)
+                elif tensor.grad is not None:
+                    pairs[k] = (tensor, tensor.grad, place.dim)
+            for k, values in zip(pairs, inners([*pairs.values()]), strict=True):
+                found[k] = values
+            return per_unit(plan, found)
 
     @property
     def has_gradients(self) -> bool:
@@ -247,21 +253,31 @@ class Plant(BasePlant):
     def weight_norms(self) -> list[Tensor]:
         """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
         plan, tensors = self._plan()
+        with torch.no_grad():
+            found: list[Tensor | None] = [None] * len(plan.places)
+            pairs: dict[int, tuple[Tensor, Tensor, int]] = {}
+            for k, place in enumerate(plan.places):
+                tensor, dim = tensors[place.spot.name], place.dim
+                if place.parked:
+                    found[k] = self._parked_norms(place.spot, dim)
+                elif self.compact or not (place.spot.cuts.keys() - {dim}):
+                    pairs[k] = (tensor, tensor, dim)
+                else:
+                    heard = select_others(tensor, place.spot, dim)
+                    found[k] = inner(heard, heard, dim)
+            for k, values in zip(pairs, inners([*pairs.values()]), strict=True):
+                found[k] = values
+            return list(per_unit(plan, found).split(self.structure.sizes))
 
-        def live(spot: Spot, dim: int) -> Tensor:
-            tensor = tensors[spot.name]
-            heard = tensor if self.compact else select_others(tensor, spot, dim)
-            return inner(heard, heard, dim)
-
-        def parked(spot: Spot, dim: int) -> Tensor:
+    def _parked_norms(self, spot: Spot, dim: int) -> Tensor:
+        """Of its silent positions; they are what they are until the next layout."""
+        if (spot.name, dim) not in self._parked:
             assert spot.home is not None
             silent = spot.cuts[dim].silent
             columns = spot.home.index_select(dim, silent.to(spot.home.device)).to(silent.device)
             columns = select_others(columns, spot, dim)
-            return inner(columns, columns, dim)
-
-        with torch.no_grad():
-            return list(per_unit(plan, live, parked).split(self.structure.sizes))
+            self._parked[spot.name, dim] = inner(columns, columns, dim)
+        return self._parked[spot.name, dim]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, layout and what is parked, as plain tensors (for safetensors); not the live weights."""
@@ -328,7 +344,7 @@ class Plant(BasePlant):
     def _unhook(self) -> None:
         if self._rest is not None:
             self._rest.remove()
-        self._rest, self._gather, self._seen = None, None, {}
+        self._rest, self._gather, self._seen, self._parked = None, None, {}, {}
 
 
 def spots_of(structure: Structure) -> tuple[Spot, ...]:

@@ -24,7 +24,7 @@ Sizes count positions; masks are CPU bool tensors, `True` = active.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -92,8 +92,8 @@ def size(extent: Extent, widths: Sequence[int] | None = None) -> int:
             return length
 
 
-def keep(extent: Extent, masks: Sequence[Tensor]) -> Tensor:
-    """Which dense positions are live under `masks` (one bool tensor of `N_g` per group)."""
+def keep(extent: Extent, masks: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
+    """Which dense positions are live under `masks` (one bool tensor of `N_g` per group in it)."""
     match extent:
         case Fixed(length):
             return torch.ones(length, dtype=torch.bool)
