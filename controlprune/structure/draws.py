@@ -5,6 +5,7 @@ odd       every group at a random odd width: equal widths would hide sizes that 
 even      every group at a random even width: code may ask for the parity
 ones      every group at one unit: dimensions of size 1 broadcast, and vanish in squeeze()
 apart     a random half of the groups at one unit, the others even; and the reverse
+least     every group at a sixteenth of its units, where a run stops by default
 meeting   every group that is wider than w goes to w, for the sizes w that are commonest in the model: code
           may compare widths (`if y.shape == x.shape: y = y + x`), and does so differently where two that
           differ when dense are made to meet. Narrower groups stay on: one whose code fixes its size may
@@ -14,6 +15,7 @@ meeting   every group that is wider than w goes to w, for the sizes w that are c
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch import Tensor
 from .extents import size
 from .groups import Structure
 
-__all__ = ["draws", "rounded"]
+__all__ = ["at", "draws", "rounded"]
 
 
 def draws(structure: Structure, seed: int, meetings: int) -> list[list[Tensor]]:
@@ -34,9 +36,21 @@ def draws(structure: Structure, seed: int, meetings: int) -> list[list[Tensor]]:
     for alone in (torch.ones_like(single), single, ~single) if len(units) > 1 else (single,):
         widths = [1 if one else _even(n, generator) for one, n in zip(alone.tolist(), units, strict=True)]
         found.append([_random(n, width, generator) for n, width in zip(units, widths, strict=True)])
+    found.append([_random(n, -(-n // 16), generator) for n in units])
     for width in _common(structure)[:meetings]:
         found.append([_random(n, min(n, width), generator) for n in units])
     return found
+
+
+def at(structure: Structure, seed: int, widths: Mapping[int, int]) -> list[Tensor]:
+    """A draw with these widths of some groups, and any of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        _random(
+            n, widths[g] if g in widths else int(torch.randint(1, n + 1, (), generator=generator)), generator
+        )
+        for g, n in enumerate(structure.sizes)
+    ]
 
 
 def rounded(mask: Tensor, multiple: int) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .extents import Extent
 from .formula import Formula
+from .guards import Guard, Place
 
 __all__ = ["Group", "LiveNorm", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work", "widths_of"]
 
@@ -123,6 +124,8 @@ class Structure:
     aliases: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[LiveNorm, ...] = ()
     entries: Mapping[str, Extent] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()  # what the model's code asks about widths
+    asked: frozenset[Place] = frozenset()  # where it asks about any sizes
     forwards: int = 0  # of the model, that the traces and the check took
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 

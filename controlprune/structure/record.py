@@ -31,6 +31,7 @@ from .rules.elementwise import elementwise
 from .rules.table import fresh, lookup, taint
 from .surroundings import as_found
 from .tape.attributes import SizeWatcher, traced_attributes
+from .tape.seen import listening
 from .tape.tape import Call, Dims, Rule, Tape, storage_of
 
 __all__ = [
@@ -177,6 +178,7 @@ def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
         reference_kernels(tape.model),
         module_names(tape),
         traced_attributes(tape.model),
+        listening(tape.questions.append),
         Recorder(tape),
         SizeWatcher(tape),
     ):

@@ -30,6 +30,9 @@ from .extents import groups_in, keep
 from .groups import Structure
 from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels
 from .standins import count_live
+from .tape.attributes import traced_attributes
+from .tape.reading import SizeReader
+from .tape.seen import Question, listening
 from .untouched import seed_all, untouched
 
 __all__ = ["DIFFERS", "Failure", "Trial"]
@@ -39,6 +42,7 @@ NOISE = 32.0  # times what rounding the weights once does: rounding goes on in e
 MOST_NOISE = 1e-2  # of the largest output: a model that is noisier tells nothing
 QUIET = 1e-3  # vectors below it (layer scales) count as constant
 DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
+ELSEWHERE = "at some widths the model's code asks about sizes that it does not ask about when dense"
 FIXED = "the model's code fixes its size"
 HINT = "; to prune it, write -1 for the size that shrinks, or a size that the module keeps, as self.head_dim"
 
@@ -63,6 +67,7 @@ class Trial:
     seed: int
     forwards: int = 0
     _values: dict[str, Tensor] = field(default_factory=dict)
+    _elsewhere: dict[str, None] = field(default_factory=dict)  # lines that ask about sizes only when shrunk
     _doubles: bool | None = None  # does the model run in float64? None: not tried
 
     def __post_init__(self) -> None:
@@ -72,6 +77,7 @@ class Trial:
         """None where masked and shrunk agree (`trains`: and the shrunk model runs in training mode too)."""
         with untouched(self.model, weights=False):  # what a run leaves behind (caches) must not matter
             self.model.eval()
+            self._elsewhere.clear()
             try:
                 shrunk = self._shrunk(self._values, self.example_inputs, masks)
                 if trains:
@@ -81,6 +87,8 @@ class Trial:
                 masked = self._masked(self._values, self.example_inputs, masks)
             except Exception as error:
                 return _told(error, self.model)
+            if self._elsewhere:
+                return Failure(f"{ELSEWHERE}: {next(iter(self._elsewhere))}")
             if _agree(masked, shrunk) or self._is_rounding(masked, shrunk, masks):
                 return None
             return Failure(DIFFERS)
@@ -118,7 +126,14 @@ class Trial:
         self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]
     ) -> list[Tensor]:
         live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in values.items()}
-        return self._forward(live, inputs, [int(mask.sum()) for mask in masks])
+        widths = [int(mask.sum()) for mask in masks]
+        with listening(self._hear), traced_attributes(self.model), SizeReader():
+            return self._forward(live, inputs, widths)
+
+    def _hear(self, question: Question) -> None:
+        """Of a path that no trace took, what it asks about is not known."""
+        if question.place not in self.structure.asked:
+            self._elsewhere[question.line] = None
 
     def _masked(
         self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]

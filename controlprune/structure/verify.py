@@ -12,12 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .draws import draws, rounded
+from .draws import at, draws, rounded
 from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, size
-from .groups import Refusal, Slice, Structure, Work
+from .groups import Refusal, Slice, Structure, Work, widths_of
+from .guards import Guard, Quantity, Reckoned, Unprovable, unseen
 from .record import ExampleInputs
 from .trial import DIFFERS, Failure, Trial
 
@@ -77,12 +80,35 @@ class _Check:
     multiples: dict[int, int] = field(default_factory=dict)  # widths that a kernel insists on
 
     def run(self) -> None:
-        """Refuse until every draw passes with what is left."""
+        """Refuse until every draw passes with what is left, and draws of every kind are among them."""
         passed: dict[int, list[int]] = {}
-        while stale := [draw for draw in range(len(self.draws)) if passed.get(draw) != self.left]:
-            draw = stale[0]
-            self.bisect(draw, [], _by_likeness(self.structure, self.left))
-            passed[draw] = self.left
+        while stale := self._stale(passed):
+            self.bisect(stale[0], [], _by_likeness(self.structure, self.left))
+            passed[stale[0]] = self.left
+
+    def _stale(self, passed: Mapping[int, list[int]]) -> list[int]:
+        """Draws that have not passed with what is left; new ones where kinds of widths are missing."""
+        while True:
+            stale = [draw for draw in range(len(self.draws)) if passed.get(draw) != self.left]
+            if stale:
+                return stale
+            seen = [widths_of(self.masks(draw, self.left)) for draw in range(len(self.draws))]
+            try:
+                missing = unseen(self.structure.guards, self._rungs(), seen)
+            except Unprovable as reason:
+                self.refused.update(dict.fromkeys(reason.groups, reason.reason))
+                continue
+            if not missing:
+                return []
+            first = len(self.draws)
+            self.draws += [at(self.structure, first + k, widths) for k, widths in enumerate(missing)]
+
+    def _rungs(self) -> list[NDArray[np.int64]]:
+        """Per group, the widths that it may have."""
+        steps = (
+            self.multiples.get(g, 1) if g in self.left else n for g, n in enumerate(self.structure.sizes)
+        )
+        return [np.arange(step, n + 1, step) for step, n in zip(steps, self.structure.sizes, strict=True)]
 
     @property
     def left(self) -> list[int]:
@@ -139,11 +165,13 @@ class _Check:
 
     def failure(self, draw: int, numbers: Sequence[int]) -> Failure | None:
         """Of masked against shrunk with the units of these groups off, those of the others on."""
-        masks = [
+        return self.trial.run(self.masks(draw, numbers), trains=self.trains and draw == 0)
+
+    def masks(self, draw: int, numbers: Sequence[int]) -> list[Tensor]:
+        return [
             rounded(mask, self.multiples.get(n, 1)) if n in numbers else torch.ones_like(mask)
             for n, mask in enumerate(self.draws[draw])
         ]
-        return self.trial.run(masks, trains=self.trains and draw == 0)
 
 
 def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
@@ -168,6 +196,14 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
             case Window():
                 raise ValueError("a window of a sharded dimension belongs to no traced structure")
 
+    def cut_quantity(term: Quantity) -> Quantity:
+        if isinstance(term, Reckoned):
+            return replace(term, terms=tuple(map(cut_quantity, term.terms)))
+        return term if isinstance(term, (int, float)) else cut(term)
+
+    def cut_guard(guard: Guard) -> Guard:
+        return replace(guard, terms=tuple(map(cut_quantity, guard.terms)))
+
     def cut_slice(entry: Slice) -> Slice:
         return replace(entry, extent=cut(entry.extent))
 
@@ -189,6 +225,7 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
         tensors={name: tuple(cut(extent) for extent in dims) for name, dims in structure.tensors.items()},
         attributes=tuple(a for a in attributes if groups_in(a.extent)),
         norms=tuple(n for n in norms if groups_in(n.extent)),
+        guards=tuple(map(cut_guard, structure.guards)),
         work=cut_work(structure.work),
         traffic=cut_work(structure.traffic),
         activations=cut_work(structure.activations),

@@ -7,6 +7,7 @@ written for pruning.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,10 @@ WIDTHS = (4, 6, 8, 12)
 
 class Step(nn.Module):
     """Owns parameters named by the step that made it."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, run: Callable[[Step, Tensor, list[Tensor]], Tensor], **parts: object) -> None:
         super().__init__()
@@ -184,6 +189,40 @@ def _excite(width: int, draw: Callable) -> tuple[Step, int]:
     ), width
 
 
+def _guard(width: int, draw: Callable) -> tuple[Step, int]:
+    """The code asks for the width, and does another thing at some."""
+    k, r = draw(st.integers(2, 13)), draw(st.integers(0, 3))
+    asked = draw(
+        st.sampled_from(
+            [
+                lambda n: n % k == r,
+                lambda n: n > k,
+                lambda n: n == k,
+                lambda n: n in (k, 2 * k + 1),
+                lambda n: n // k,
+                lambda n: k < 2 * n < 3 * k,
+                lambda n: n & (n - 1) == 0,
+                lambda n: n / k == r,
+            ]
+        )
+    )
+    same = draw(st.booleans())  # whatever the answer is
+    return Step(
+        lambda s, x, e: (x + x if same else -x) if asked(x.shape[-1]) else (2 * x if same else x)
+    ), width
+
+
+def _meeting(width: int, draw: Callable) -> tuple[Step, int]:
+    """Another stream is added where it fits."""
+    side = nn.Linear(width, draw(st.sampled_from(WIDTHS)))
+
+    def run(s: Step, x: Tensor, e: list[Tensor]) -> Tensor:
+        y = s.side(x)
+        return x + y if y.shape == x.shape else x
+
+    return Step(run, side=side), width
+
+
 def _recurrent(width: int, draw: Callable) -> tuple[Step, int]:
     new = draw(st.sampled_from(WIDTHS))
     kind = draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN]))
@@ -199,7 +238,7 @@ def _bilinear(width: int, draw: Callable) -> tuple[Step, int]:
 STEPS = (
     *(_linear, _linear, _conv, _pointwise, _batch_norm, _group_norm, _norm, _norm, _cat, _cat_earlier),
     *(_residual, _glu, _shuffle, _per_head, _attention, _mix, _scale, _repeat, _slice, _excite),
-    *(_recurrent, _bilinear),
+    *(_recurrent, _bilinear, _guard, _guard, _meeting),
 )
 
 

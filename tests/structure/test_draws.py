@@ -33,12 +33,13 @@ def test_wider_groups_meet_the_commonest_sizes_and_narrower_ones_stay_on():
 
 def test_corners():
     structure = structure_of(32, 3, 2, 9)
-    _, even, ones, one, other = (
+    _, even, ones, one, other, least = (
         [int(mask.sum()) for mask in draw] for draw in draws(structure, 0, meetings=0)
     )
     assert even[1:3] == [2, 2]
     assert all(width % 2 == 0 for width in even)
     assert ones == [1] * 4
+    assert least == [2, 1, 1, 1]
     for first, second in zip(one, other, strict=True):
         assert min(first, second) == 1
         assert max(first, second) % 2 == 0

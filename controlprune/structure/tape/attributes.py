@@ -15,48 +15,52 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .axes import Axis
+from .reading import SizeReader, argument, has_seen
+from .seen import Attribute, Key, SeenInt, Size, Term, plain
 from .tape import Tape
 
 __all__ = ["SizeWatcher", "TracedInt", "traced_attributes"]
 
-Key: TypeAlias = "tuple[str, str, int | None]"
 OPAQUE = (nn.Module, Tensor, type, FunctionType, MethodType, BuiltinFunctionType, ModuleType, str, bytes)
 DEPTH = 2  # module.config.text_config.hidden_size
+OWN_SIZES = {  # of torch's own modules
+    *("in_features", "out_features", "in1_features", "in2_features", "in_channels", "out_channels", "groups"),
+    *("num_features", "num_channels", "num_groups", "num_parameters", "embedding_dim", "embed_dim"),
+    *("num_heads", "kdim", "vdim", "d_model", "input_size", "hidden_size"),
+}
 
 
-class TracedInt(int):
+class TracedInt(SeenInt):
     """An int that is a product of attributes: `factors` = ((key or None, value), …), outermost first."""
 
     factors: tuple[tuple[Key | None, int], ...]
 
-    def __new__(cls, value: int, factors: tuple[tuple[Key | None, int], ...]) -> TracedInt:
-        traced = super().__new__(cls, value)
+    @staticmethod
+    def of(seen: SeenInt, factors: tuple[tuple[Key | None, int], ...]) -> TracedInt:
+        traced: Any = TracedInt(plain(seen), seen.term)
         traced.factors = factors
         return traced
 
-    def __mul__(self, other: object) -> Any:
-        product = int.__mul__(self, other)  # type: ignore[operator]
-        return product if product is NotImplemented else TracedInt(product, self.factors + _factors(other))
+    def __mul__(self, other: Any) -> Any:
+        product = SeenInt.__mul__(self, other)
+        return TracedInt.of(product, self.factors + _factors(other)) if _seen(product) else product
 
-    def __rmul__(self, other: object) -> Any:
-        product = int.__rmul__(self, other)  # type: ignore[operator]
-        return product if product is NotImplemented else TracedInt(product, _factors(other) + self.factors)
-
-    def __reduce__(self) -> Any:
-        return int, (int(self),)
-
-    def __deepcopy__(self, memo: object) -> int:
-        return int(self)
+    def __rmul__(self, other: Any) -> Any:
+        product = SeenInt.__rmul__(self, other)
+        return TracedInt.of(product, _factors(other) + self.factors) if _seen(product) else product
 
 
-def _factors(value: object) -> tuple[tuple[Key | None, int], ...]:
-    return value.factors if isinstance(value, TracedInt) else ((None, int(value)),)  # type: ignore[call-overload]
+def _seen(value: object) -> TypeGuard[SeenInt]:
+    return isinstance(value, SeenInt)
+
+
+def _factors(value: Any) -> tuple[tuple[Key | None, int], ...]:
+    return value.factors if isinstance(value, TracedInt) else ((None, plain(value)),)
 
 
 @contextmanager
@@ -66,7 +70,9 @@ def traced_attributes(model: nn.Module) -> Iterator[None]:
     seen: set[int] = set()
     try:
         for path, module in model.named_modules():
-            if not type(module).__module__.startswith("torch.nn."):
+            if type(module).__module__.startswith("torch.nn."):
+                _swap_sizes(vars(module), path, swapped)
+            else:
                 _swap(vars(module), path, "", DEPTH, swapped, seen)
         yield
     finally:
@@ -89,9 +95,9 @@ def _swap(
         path = prefix + name
         kind: type = type(value)
         if kind is int and value > 1:
-            traced: object = TracedInt(value, (((module, path, None), value),))
+            traced: object = _attribute((module, path, None), value)
         elif kind in (tuple, list) and value and all(type(item) is int for item in value):
-            traced = kind(TracedInt(v, (((module, path, i), v),)) for i, v in enumerate(value))
+            traced = kind(_attribute((module, path, i), v) for i, v in enumerate(value))
         else:
             if depth and hasattr(value, "__dict__") and not isinstance(value, OPAQUE):
                 _swap(vars(value), module, path + ".", depth - 1, swapped, seen)
@@ -100,18 +106,36 @@ def _swap(
         holder[name] = traced
 
 
-class SizeWatcher(TorchFunctionMode):
-    """Binds each traced int that arrives as a size to the axis it is the size of."""
+def _attribute(key: Key, value: int) -> TracedInt:
+    return TracedInt.of(SeenInt(value, Attribute(key, value)), ((key, value),))
+
+
+def _swap_sizes(
+    holder: dict[str, Any], module: str, swapped: list[tuple[dict[str, Any], str, object]]
+) -> None:
+    """torch's own modules are known by heart (structure/sizes.py), but the user's code may ask for these."""
+    for name in OWN_SIZES & holder.keys():
+        value = holder[name]
+        if type(value) is int and value > 1:
+            swapped.append((holder, name, value))
+            holder[name] = SeenInt(value, Attribute((module, name, None), value))
+
+
+class SizeWatcher(SizeReader):
+    """Binds each traced int that arrives as a size to the axis it is the size of; sizes read know theirs."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not _has_traced((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
+    def terms_of(self, tensor: Tensor) -> Sequence[Term] | None:
+        axes = self.tape.axes_of(tensor)
+        return None if axes is None else [Size(axis) for axis in axes]
+
+    def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not has_seen((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
             return func(*args, **kwargs)
-        result = func(*_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
+        result = super().called(func, args, kwargs)
         watch = WATCHED.get(getattr(func, "__name__", ""))
         if watch is not None:
             self._learn(watch, args, kwargs, result)
@@ -121,7 +145,7 @@ class SizeWatcher(TorchFunctionMode):
         """Bind what the call tells; one that the watch doesn't foresee (an empty tensor) tells nothing."""
         try:
             for traced, axis in watch(self.tape, args, kwargs, result):
-                if isinstance(traced, TracedInt) and int(traced) == axis.size:
+                if isinstance(traced, TracedInt) and plain(traced) == axis.size:
                     self._bind(traced, axis)
         except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
             return
@@ -133,24 +157,6 @@ class SizeWatcher(TorchFunctionMode):
                 self.tape.bind(*key, piece)
 
 
-def _has_traced(value: object) -> bool:
-    if isinstance(value, TracedInt):
-        return True
-    if isinstance(value, slice):
-        return isinstance(value.start, TracedInt) or isinstance(value.stop, TracedInt)
-    return isinstance(value, (tuple, list)) and any(_has_traced(item) for item in value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, TracedInt):
-        return int(value)
-    if isinstance(value, slice):
-        return slice(_plain(value.start), _plain(value.stop), _plain(value.step))
-    if type(value) in (tuple, list):
-        return type(value)(_plain(item) for item in value)
-    return value
-
-
 # --- which argument is the size of which axis ----------------------------------------------------------
 
 Sizes: TypeAlias = "list[tuple[object, Axis]]"
@@ -159,12 +165,6 @@ Watch: TypeAlias = "Callable[[Tape, Sequence[Any], dict[str, Any], Any], Sizes]"
 
 def _axes(tape: Tape, tensor: Tensor) -> list[Axis]:
     return [dim.axis for dim in tape.entry(tensor).dims]
-
-
-def _argument(
-    args: Sequence[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None
-) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name, default)
 
 
 def _sizes_given(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -188,7 +188,7 @@ def _times(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any)
 
 
 def _unflatten(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
-    dim, sizes = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "sizes")
+    dim, sizes = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "sizes")
     start = dim if dim >= 0 else dim + args[0].dim()
     return list(zip(sizes, _axes(tape, result)[start:], strict=False))
 
@@ -199,13 +199,13 @@ def _split(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any)
         if len(args) > 1
         else next(iter(kwargs[k] for k in kwargs if k.startswith("split_size")), None)
     )
-    dim = _argument(args, kwargs, 2, "dim", 0)
+    dim = argument(args, kwargs, 2, "dim", 0)
     given = sizes if isinstance(sizes, (tuple, list)) else [sizes]
     return [(size, _axes(tape, piece)[dim]) for size, piece in zip(given, result, strict=False)]
 
 
 def _narrow(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
-    dim, length = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 3, "length")
+    dim, length = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 3, "length")
     return [(length, _axes(tape, result)[dim])]
 
 
@@ -231,7 +231,7 @@ def _getitem(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: An
 
 
 def _repeat_interleave(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
-    k, dim = _argument(args, kwargs, 1, "repeats"), _argument(args, kwargs, 2, "dim")
+    k, dim = argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
     if dim is None or not isinstance(k, TracedInt):
         return []
     axis = _axes(tape, result)[dim]
@@ -247,18 +247,18 @@ def _grouped_queries(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], re
 
 
 def _group_norm(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
-    groups, axis = _argument(args, kwargs, 1, "num_groups"), _axes(tape, args[0])[1]
+    groups, axis = argument(args, kwargs, 1, "num_groups"), _axes(tape, args[0])[1]
     return [(groups, tape.regroup([axis], [groups, axis.size // groups])[0])]
 
 
 def _layer_norm(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
-    shape = _argument(args, kwargs, 1, "normalized_shape")
+    shape = argument(args, kwargs, 1, "normalized_shape")
     return list(zip(reversed(shape), reversed(_axes(tape, args[0])), strict=False))
 
 
 def _convolution(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
-    groups = _argument(args, kwargs, 6, "groups", 1)
-    axis = _axes(tape, _argument(args, kwargs, 1, "weight"))[0]
+    groups = argument(args, kwargs, 6, "groups", 1)
+    axis = _axes(tape, argument(args, kwargs, 1, "weight"))[0]
     return [(groups, tape.regroup([axis], [groups, axis.size // groups])[0])]
 
 

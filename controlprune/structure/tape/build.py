@@ -13,7 +13,9 @@ from torch import nn
 
 from ..extents import Concat, Extent, Fixed, Product, Units, groups_in
 from ..groups import Group, LiveNorm, Refusal, Role, SizeAttribute, Slice, Structure, Work
+from ..guards import Guard, Quantity, Reckoned, groups_of
 from .axes import Axis, factors_of, leaves, parts_of, pin
+from .seen import Attribute, Computed, Size, Term
 from .tape import MEET, Source, Tape, TracedWork
 
 __all__ = ["build"]
@@ -172,7 +174,33 @@ def _structure(
         activations=tuple(activations),
         aliases=dict(tape.aliases),
         norms=norms,
+        guards=_guards(tape, numbers),
+        asked=frozenset(question.place for question in tape.questions),
     )
+
+
+def _guards(tape: Tape, numbers: dict[Axis, int]) -> tuple[Guard, ...]:
+    """What was asked that depends on the width of a group; of equals, nothing depends on it."""
+
+    def quantity(term: Term) -> Quantity:
+        match term:
+            case Size(axis):
+                return _extent(axis, numbers)
+            case Attribute(key, value):
+                axis = tape.attributes.get(key)
+                return value if axis is None or axis.size != value else _extent(axis, numbers)
+            case Computed(operator, terms):
+                return Reckoned(operator, tuple(map(quantity, terms)))
+            case _:
+                return term
+
+    found: dict[Guard, None] = {}
+    for question in tape.questions:
+        terms = tuple(map(quantity, question.terms))
+        guard = Guard(question.operator, terms, question.line)
+        if groups_of(guard) and (len(terms) == 1 or terms[0] != terms[1]):
+            found[guard] = None
+    return tuple(found)
 
 
 def _work(traced: TracedWork, numbers: dict[Axis, int], known: dict[Axis, Extent]) -> Work:

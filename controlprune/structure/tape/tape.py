@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..formula import Formula
 from ..tape import axes
 from .axes import Axis, Misfit
+from .seen import Question
 
 __all__ = ["MEET", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
 
@@ -133,6 +134,7 @@ class Tape:
     used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
     norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
     counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
+    questions: list[Question] = field(default_factory=list)  # what the model's code asked about sizes
     where: str = ""
     counting: bool = True
 
@@ -179,6 +181,14 @@ class Tape:
         entry = Entry([Dim(Axis(length, reason)) for length in tensor.shape], weight=True)
         self._entries[tensor] = entry
         return entry
+
+    def axes_of(self, tensor: Tensor) -> list[Axis] | None:
+        """Its axes where they are known; to look at them is no use of it."""
+        known = self._entries.get(tensor)
+        if known is None and (key := _view_key(tensor)) is not None and key in self._views:
+            known = self._named[self._views[key]]
+        fits = known is not None and len(known.dims) == tensor.dim()
+        return [dim.axis for dim in known.dims] if known is not None and fits else None
 
     def set(self, tensor: Tensor, dims: Dims, weight: bool, pending: Iterable[tuple[Axis, str]] = ()) -> None:
         if id(tensor) not in self._owners:

@@ -1,0 +1,137 @@
+"""Code that asks for sizes: what it then does is another thing at some widths.
+
+`first` has 12 units (or what `width` says) and `second` 8; `follow` is what is done with the hidden layer h.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BENIGN", "GUARDS", "Guarded"]
+
+
+class Guarded(nn.Module):
+    def __init__(self, follow: Callable[[Guarded, Tensor], Tensor], width: int = 12, other: int = 8) -> None:
+        super().__init__()
+        self.follow, self.width = follow, width
+        self.kept: dict[int, int] = {}
+        self.first, self.second, self.out = nn.Linear(5, width), nn.Linear(width, other), nn.Linear(other, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.follow(self, self.first(x).relu())
+        return self.out(self.second(h).tanh())
+
+
+def _when(asked: Callable[[Tensor], object]) -> Callable[[Guarded, Tensor], Tensor]:
+    return lambda net, h: 2 * h if asked(h) else h
+
+
+def _tree(net: Guarded, h: Tensor) -> Tensor:
+    n = h.shape[1]
+    if n % 2 == 0:
+        if n % 3 == 1:
+            return h * 3
+        return h
+    return h
+
+
+def _thirds(net: Guarded, h: Tensor) -> Tensor:
+    return h.reshape(-1, 3).cumsum(0).reshape(len(h), -1)
+
+
+def _dims(net: Guarded, h: Tensor) -> Tensor:
+    h = h.squeeze()
+    return h if h.dim() == 2 else h.unsqueeze(0)
+
+
+def _einops_like(net: Guarded, h: Tensor) -> Tensor:
+    """rearrange(h, "b (g d) -> b (d g)", g=4)"""
+    b, c = h.shape
+    if c % 4:
+        return h
+    return h.reshape(b, 4, c // 4).transpose(1, 2).reshape(b, c)
+
+
+def _chunks(net: Guarded, h: Tensor) -> Tensor:
+    return torch.cat([piece * (k + 1) for k, piece in enumerate(torch.chunk(h, 5, 1))], 1)
+
+
+def _kept(net: Guarded, h: Tensor) -> Tensor:
+    return h * net.kept.setdefault(h.shape[1] % 5, len(net.kept) + 1)
+
+
+def _loop(net: Guarded, h: Tensor) -> Tensor:
+    n, turns = h.shape[1], 0
+    while n > 3:
+        n, turns = n // 2, turns + 1
+    return h * turns
+
+
+def _try(net: Guarded, h: Tensor) -> Tensor:
+    try:
+        return h.view(len(h), 3, -1).mul(2).flatten(1)
+    except RuntimeError:
+        return h
+
+
+def _ratio(net: Guarded, h: Tensor) -> Tensor:
+    return h if h.shape[1] / net.second.out_features > 1 else -h
+
+
+GUARDS: dict[str, Callable[[], Guarded]] = {
+    name: partial(Guarded, *(given if isinstance(given, tuple) else (given,)))
+    for name, given in {
+        "even": _when(lambda h: h.shape[1] % 2 == 0),
+        "odd": _when(lambda h: h.size(1) % 2),
+        "thirds_of_it": _when(lambda h: h.shape[-1] % 3 == 1),
+        "fifths": _when(lambda h: not h.shape[-1] % 5),
+        "sevenths": (_when(lambda h: h.shape[-1] % 7 == 3), 64),
+        "one_width": (_when(lambda h: h.shape[1] == 37), 64),
+        "band": (_when(lambda h: 20 < h.shape[1] < 24), 64),
+        "wide": (_when(lambda h: h.size(1) > 16), 64),
+        "narrow": _when(lambda h: h.shape[1] < 3),
+        "one_of": (_when(lambda h: h.shape[1] in (24, 40)), 64),
+        "power": (_when(lambda h: h.shape[1] & (h.shape[1] - 1) == 0), 48),
+        "lookup": (_when(lambda h: {24: True, 40: True}.get(h.shape[1], False)), 64),
+        "through_int": (_when(lambda h: int(h.shape[1]) == 24), 64),
+        "through_float": (_when(lambda h: h.shape[1] / 2 == 20), 64),
+        "through_root": (_when(lambda h: math.isqrt(h.shape[1]) ** 2 == h.shape[1]), 48),
+        "through_length": (_when(lambda h: len(h[0]) == 30), 64),
+        "through_numel": (_when(lambda h: h[0].numel() == 30), 64),
+        "through_text": (_when(lambda h: str(h.shape[1]).endswith("7")), 64),
+        "whole_shape": (_when(lambda h: tuple(h.shape[1:]) == (30,)), 64),
+        "nested": _tree,
+        "thirds": _thirds,
+        "squeezed": _dims,
+        "einops_like": _einops_like,
+        "chunks": _chunks,
+        "first_ten": (lambda net, h: torch.cat([h[:, :10], h[:, 10:] * 2], 1), 12),
+        "dropped_tail": (lambda net, h: torch.cat([h[:, :-3], h[:, -3:] * 2], 1), 12),
+        "kept": _kept,
+        "loop": (_loop, 40),
+        "try": _try,
+        "ratio": _ratio,
+        "against_own": (lambda net, h: h if h.shape[1] == net.width else -h, 12),
+        "against_other": (lambda net, h: h * 2 if h.shape[1] == net.second.out_features else h, 12),
+        "both": (
+            lambda net, h: h * 2 if h.shape[1] % 5 == 0 and net.second.out_features % 5 == 0 else h,
+            24,
+            24,
+        ),
+    }.items()
+}
+
+BENIGN: dict[str, Callable[[], Guarded]] = {  # asks too, and does the same whatever the answer is
+    name: partial(Guarded, *(given if isinstance(given, tuple) else (given,)))
+    for name, given in {
+        "asserted": lambda net, h: h if h.shape[1] == net.first.out_features else h[:, 100:],
+        "same_either_way": lambda net, h: h * 2 if h.shape[1] % 2 else h + h,
+        "batch": lambda net, h: h * 2 if h.shape[0] > 2 else h,
+        "rank": lambda net, h: h * 2 if h.dim() == 2 else h,
+    }.items()
+}
