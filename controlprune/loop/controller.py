@@ -235,13 +235,12 @@ class Controller:
     def follow(self, model: nn.Module) -> None:
         """Keep a copy of the model (an average of its weights, say) at the same units and layout.
 
-        `model`: a copy made while the attached one has its dense shapes, such as `AveragedModel(m).module`.
+        `model`: a copy of the attached one, such as `AveragedModel(m).module`, made when dense or as it is
+        now. Followers are saved with the controller, in their order; they may be given before it is loaded or
+        after.
         """
         self._require_live("follow")
-        run = self._run
-        follower = run.granularity.plant(model, None, run.problem.structure, self.plant.park_on)
-        follower.apply(self.plant.masks, compact=self.plant.compact)
-        run.followers.append(follower)
+        self._run.follow(model)
 
     # --- the end --------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..plant.copies import compact_copies
 from ..plant.plant import Plant
 from ..state.checksum import checksum
+from ..state.extra import PREFIX, extra_states, read_extra_states
 from ..state.files import replacing
 from ..structure.extents import size
 from ..structure.groups import Structure, widths_of
@@ -65,10 +66,13 @@ def save(controller: Controller, path: str | Path) -> None:
             f"controller: its model was changed since: {wrong!r} is not as it was traced and cut; put back "
             "what was replaced or added, or save the model's own state_dict"
         )
+    extra, beside = extra_states(plant.model)
+    tensors |= beside
     header = {
         "format": FORMAT,
         "structure": structure_to_json(structure),
         "masks": masks_to_json(structure, masks),
+        "extra": extra,
     }
     with replacing(path) as part:
         try:
@@ -81,22 +85,30 @@ def save(controller: Controller, path: str | Path) -> None:
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """`model` (dense, of the class that was saved) at the saved widths with the saved tensors."""
     require_unattached(model)
-    structure, active, tensors = _read(Path(path))
+    structure, header, found = _read(Path(path))
     if wrong := misfit(structure, model):
         raise ValueError(
             f"model: {wrong}; {str(path)!r} was saved from another one: give a dense model of the same class "
             "and configuration"
         )
-    masks = _masks(path, structure, active)  # nothing is made by a claim before it is the model's own
+    masks = _masks(path, structure, header.get("masks"))  # after the claims were found to be the model's own
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    beside = {name: tensor for name, tensor in found.items() if name.startswith(PREFIX)}
+    tensors = {name: tensor for name, tensor in found.items() if name not in beside}
     if wrong := _misfit(structure, masks, tensors, own):
         raise ValueError(f"path={str(path)!r}: {wrong!r} does not fit the model")
+    try:
+        extra = read_extra_states(model, header.get("extra", {}), beside)
+    except ValueError as error:
+        raise ValueError(f"path={str(path)!r}: {error}") from error
     plant = Plant(model, None, structure)
     plant.apply(masks, compact=True)
     plant.harden()
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+    for module, state in extra:
+        module.set_extra_state(state)
     return model
 
 
@@ -106,7 +118,7 @@ def signed(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
     return {"controlprune": text, "checksum": checksum([text, dict(tensors)])}
 
 
-def _read(path: Path) -> tuple[Structure, Any, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Structure, dict[str, Any], dict[str, Tensor]]:
     """What the file says, checked in itself; ValueError names it."""
     metadata, tensors = _content(path)
     if "controlprune" not in metadata:
@@ -131,7 +143,7 @@ def _read(path: Path) -> tuple[Structure, Any, dict[str, Tensor]]:
         structure = structure_from_json(header["structure"])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"path={str(path)!r}: its header is corrupt ({error!r})") from error
-    return structure, header.get("masks"), tensors
+    return structure, header, tensors
 
 
 def _masks(path: str | Path, structure: Structure, active: Any) -> Masks:

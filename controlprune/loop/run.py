@@ -38,7 +38,7 @@ from ..state.checkpoint import Checkpoints
 from ..structure.groups import widths_of
 from ..structure.saying import warn
 from ..structure.surroundings import plainly
-from . import saved, together
+from . import following, saved, together
 from .cadence import Strangers
 from .ends import abandon, apply_to_all
 from .history import Record, history_of
@@ -90,6 +90,7 @@ class Run:
         self.checkpoints = Checkpoints(self.plant, optimizer, Link(self, Run.relayout))
         self._hooks = [o.register_step_pre_hook(Link(self, Run.before_step)) for o in stepped(optimizer)]
         self.followers: list[BasePlant] = []
+        self.awaited: list[Any] = []  # states of followers that were saved and are not there yet
         self.layouts = Layouts({problem.structure.sizes: 0.0})
         self._compiled_before = compilations()
         self.replicas = Replicas()
@@ -373,6 +374,9 @@ class Run:
         self.replicas.close()
         self.checkpoints.remove(small=small)
         attached.pop(self.plant.model, None)
+
+    def follow(self, model: nn.Module) -> None:
+        following.follow(self, model)
 
     # --- as a follower of the other ranks (`loop/replicas.py`) -----------------------------------
 

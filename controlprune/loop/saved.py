@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..cost.measurement import Measurement
 from ..cost.problem import require_steps
 from ..cost.survey import Survey
+from ..plant.parked import parsed
 from ..state.resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
+from . import following
 from .history import History
 from .intake import Intake
 from .recompile import Layouts
@@ -47,6 +49,7 @@ def state_of(run: Run) -> dict[str, Any]:
         "loss": run.loss,
         "layouts": run.layouts.state_dict(),
         "seconds": [time.process_time() - run.began, run.overhead],
+        "followers": following.states(run),
     }
     return signed(copy.deepcopy(state))
 
@@ -71,6 +74,9 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         measurements = [_measurement(found, len(problem.structure.groups)) for found in state["measurements"]]
         intake = Intake(run.plant)
         intake.load_state_dict(state["intake"])
+        followers = list(state.get("followers", ()))
+        for follower in followers if run.plant.spots else ():
+            parsed(follower, problem.structure, run.plant.spots)
         shapes = run.shapes
         run.checkpoints.set_aside()
         run.plant.load_state_dict(state["plant"])
@@ -83,8 +89,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     run.checkpoints.admit()
     if shapes != run.shapes:
         run.replicas.reshaped()
-    for follower in run.followers:
-        follower.apply(run.plant.masks, compact=run.plant.compact)
+    following.restore(run, followers)
     run.policy, run.intake, run.layouts = policy, intake, layouts
     run.budget, run.survey, run.problem = budget, survey, problem
     run.metering.take(accounts, survey, run.widths)

@@ -14,7 +14,7 @@ from .base import BasePlant, named_tensors
 from .layout import at, cuts_of, select, set_data, whole
 from .plant import Plant
 
-__all__ = ["compact_copies", "dense_copies", "dense_copy", "small_copy"]
+__all__ = ["compact_copies", "dense_copies", "dense_copy", "fill_in", "small_copy"]
 
 Tensors = dict[str, Tensor]
 
@@ -46,10 +46,14 @@ def small_copy(plant: BasePlant) -> nn.Module:
     return other
 
 
-def dense_copies(plant: BasePlant) -> Tensors:
-    """Every parameter and buffer, once, at its dense shape: live entries as they are, dormant as parked."""
+def dense_copies(plant: BasePlant, model: nn.Module | None = None) -> Tensors:
+    """Every parameter and buffer, once, at its dense shape: live entries as they are, dormant as parked.
+
+    `model`: another one laid out as the plant's, whose live entries are taken.
+    """
     names = set(plant.structure.tensors)
-    found = {name: x.detach().clone() for name, x in plant.tensors().items() if name in names}
+    tensors = plant.tensors() if model is None else named_tensors(model)
+    found = {name: x.detach().clone() for name, x in tensors.items() if name in names}
     with torch.no_grad():
         for spot in plant.spots:
             if spot.home is not None:
@@ -62,10 +66,15 @@ def dense_copies(plant: BasePlant) -> Tensors:
 def dense_copy(plant: BasePlant) -> nn.Module:
     """A plain dense model with all learned weights: what `detach` would give now."""
     other = copy.deepcopy(plant.model)
-    tensors = named_tensors(other)
-    for name, dense in dense_copies(plant).items():
-        set_data(tensors[name], dense)
-    set_sizes(other, plant.structure, None)
-    count_live(other, plant.structure.norms, None)
-    drop_caches(other)
+    fill_in(plant, other)
     return other
+
+
+def fill_in(plant: BasePlant, model: nn.Module) -> None:
+    """A copy, laid out as the plant's model, becomes dense: what it lacks comes from what is parked."""
+    tensors = named_tensors(model)
+    for name, dense in dense_copies(plant, model).items():
+        set_data(tensors[name], dense)
+    set_sizes(model, plant.structure, None)
+    count_live(model, plant.structure.norms, None)
+    drop_caches(model)
