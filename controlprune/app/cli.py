@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from ..cost.survey import Bench, survey
 from ..loop.history import History
 from ..state.version import __version__
 from ..structure import analyse
+from ..structure.saying import printable
 from .demo import run
 from .inputs import evaluated, made, spec
 from .plots import plot
@@ -36,20 +38,36 @@ class UserError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status (0, or 2 after an error of the user's, told in one line)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows ASCII only
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given[:1] if given[:1] == ["bench"] else given)
     options.arguments = given[1:]  # of the bench, which has a parser of its own
     try:
         options.command(options)
-    except (UserError, TaskError, InfeasibleBudget) as error:
-        print(f"controlprune: error: {error}", file=sys.stderr)
-        return 2
+        sys.stdout.flush()
+    except (UserError, TaskError, InfeasibleBudget, MemoryError) as error:
+        return _told(str(error) or "out of memory")
     except BrokenPipeError:  # whoever reads the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
+    except OSError as error:  # a full disk, a folder that may not be written
+        _silence()
+        return _told(str(error))
     except KeyboardInterrupt:
         print("\ncontrolprune: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _told(error: str) -> int:
+    print(f"controlprune: error: {printable(error)}", file=sys.stderr)
+    return 2
+
+
+def _silence() -> None:
+    """What is left to be written to stdout is dropped, so that Python does not fail on it once more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=_positive, help="training steps (default: what suits the task)")
     _training_options(train, out="runs/train")
 
-    profile = commands.add_parser("profile", help="what of a model can be pruned, and what not and why")
+    profile = commands.add_parser(
+        "profile",
+        help="what of a model can be pruned, and what not and why (imports and runs its code)",
+        description="What of a model can be pruned, and what not and why. MODULE is imported, FACTORY called "
+        "and the model run, so all of their code runs, as does --inputs: give what you trust.",
+    )
     profile.set_defaults(command=_profile)
     profile.add_argument("factory", metavar="MODULE:FACTORY", help="for example torchvision.models:resnet18")
     profile.add_argument(
@@ -122,7 +145,7 @@ def _training_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--budget", type=_fraction, default=0.4, help="FLOPs, as a fraction of dense (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="(default: %(default)s)")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -148,7 +171,10 @@ def _profile(options: argparse.Namespace) -> None:
         multiples = group_multiples(structure, dict(model.named_parameters()), timed=True)
         steps = Steps.of(structure, None, multiples, timed=True)
         bench = Bench(model, torch.optim.Adam(model.parameters()), inputs, inputs, Instruments(), steps)
-        measured = survey(("memory", "latency"), structure, bench)
+        try:
+            measured = survey(("memory", "latency"), structure, bench)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"--measure: {error}") from error
     print(structure_report(structure, measured))
     if structure.groups and options.budget:
         print("\n" + budgets_table(structure, options.budget, measured))
@@ -173,14 +199,15 @@ def _build(name: str) -> nn.Module:
         factory: Callable[[], object] = getattr(importlib.import_module(module_name), factory_name)
     except AttributeError as error:
         raise UserError(f"{module_name} has no {factory_name} ({error})") from error
-    except Exception as error:  # whatever the module's own code raises
+    except (Exception, SystemExit) as error:  # whatever the module's own code raises
         raise UserError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove("")
     try:
         model = factory()
-    except TypeError as error:
-        raise UserError(f"{name} cannot be called without arguments: {error}") from error
+    except (Exception, SystemExit) as error:
+        what = "cannot be called without arguments" if isinstance(error, TypeError) else "raised"
+        raise UserError(f"{name} {what}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} made a {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -202,7 +229,10 @@ def _report(options: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: several runs are drawn as a page; give a name that ends in .html")
     elif len(histories[_short(files[0], files)]):
         out = out if out is not None else files[0].with_suffix(".png")
-        plot(histories[_short(files[0], files)], out)
+        try:
+            plot(histories[_short(files[0], files)], out)
+        except ValueError as error:  # a format that no picture has
+            raise UserError(f"--out {out}: {error}") from error
         print(f"picture   {out}")
 
 
@@ -260,6 +290,12 @@ def _fraction(text: str) -> float:
             f'{text!r} is no fraction of dense: give a number above 0, at most 1, or "40%"'
         )
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed: give a whole number from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

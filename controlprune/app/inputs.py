@@ -9,6 +9,8 @@ input_ids=2,128:int64:0-30521   by keyword; several may be given
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +34,10 @@ class Spec:
     dtype: torch.dtype
     low: int
     high: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def tensor(self) -> Tensor:
         if self.dtype.is_floating_point:
@@ -58,6 +64,12 @@ def spec(text: str) -> Spec:
 
 def made(specs: Sequence[Spec]) -> Any:
     """A tuple of positional tensors, or a dict by keyword; ValueError for a mixture."""
+    needed, there = sum(s.bytes for s in specs), _memory()
+    if needed > there / 2:
+        raise ValueError(
+            f"the inputs would take {needed / 2**30:.3g} GiB, this machine has {there / 2**30:.3g}; a batch "
+            "of 1 or 2 examples is enough"
+        )
     named = [s for s in specs if s.name]
     if named and len(named) < len(specs):
         raise ValueError("--input: name all inputs or none")
@@ -68,3 +80,11 @@ def evaluated(expression: str) -> Any:
     """What a Python expression gives, with torch at hand; one tensor counts as positional."""
     value = eval(expression, {"torch": torch})
     return (value,) if isinstance(value, Tensor) else value
+
+
+def _memory() -> float:
+    """Bytes of this machine; endless where it does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf

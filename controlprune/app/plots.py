@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from ..loop.history import History
+from ..structure.saying import printable
 
 __all__ = ["plot"]
 
@@ -95,7 +96,8 @@ def _heat_map(axis: Axes, history: History) -> None:
     every = -(-len(history.names) // LABELS_AT_MOST)
     shown = np.arange(0, len(history.names), every)
     last = history[-1].active
-    axis.set_yticks(shown, [f"{history.names[i]}  {last[i]}/{history.sizes[i]}" for i in shown], fontsize=7)
+    names = [printable(name).replace("$", r"\$") for name in history.names]  # no formulas
+    axis.set_yticks(shown, [f"{names[i]}  {last[i]}/{history.sizes[i]}" for i in shown], fontsize=7)
     axis.tick_params(axis="y", length=0)
     axis.set_title(
         "Active units of each layer (name, units at the end / dense)", loc="left", fontsize=9.5, pad=14

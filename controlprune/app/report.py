@@ -18,6 +18,7 @@ from ..cost.problem import feasible_range
 from ..cost.survey import Survey
 from ..loop.history import History
 from ..structure.groups import Structure
+from ..structure.saying import printable
 
 __all__ = [
     "budgets_table",
@@ -35,7 +36,7 @@ PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: text to the left, numbers to the right, a rule under the headers."""
-    cells = [list(headers), *(list(row) for row in rows)]
+    cells = [[printable(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     right = [bool(rows) and all(_numeric(row[column]) for row in rows) for column in range(len(headers))]
     lines = [

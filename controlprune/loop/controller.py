@@ -21,7 +21,7 @@ from ..plant.masks import checked
 from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
 from ..structure.portable import misfit
-from ..structure.saying import warn
+from ..structure.saying import printable, warn
 from ..structure.surroundings import plainly
 from .ending import Ending
 from .history import History
@@ -177,7 +177,7 @@ class Controller:
         lines.append(f"  {run.layouts}")
         lines.append(f"  {self.steps} steps, {self.skipped} skipped; overhead {run.overhead:.2f} s CPU")
         lines += run.replicas.describe()
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     # --- the loop -------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Protocol, TextIO
 
 from ..cost.problem import Problem, feasible_range
+from ..structure.saying import printable
 from .history import History, Record
 
 __all__ = ["News", "Progress", "inside", "line", "numbers", "tell_attached"]
@@ -77,7 +78,7 @@ def line(history: History) -> str:
         parts.append(f"{100 * saved:.0f} % of FLOPs saved so far")
     if math.isfinite(row.loss):
         parts.append(f"loss {row.loss:.4g}")
-    return " · ".join(parts)
+    return printable(" · ".join(parts))
 
 
 def saved_share(history: History) -> float | None:

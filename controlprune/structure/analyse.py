@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .formula import recognised
 from .groups import Group, Structure
 from .record import ExampleInputs, record
+from .saying import printable
 from .sizes import bind_module_attributes
 from .surroundings import plainly
 from .tape.build import build
@@ -88,7 +89,7 @@ def find_groups(
 def require_groups(structure: Structure, model: str = "this model") -> Structure:
     """The structure itself, or an error that says why nothing in the model can be pruned."""
     if not structure.groups:
-        reasons = "\n".join(f"  {r.name} ({r.size}): {r.reason}" for r in structure.refused)
+        reasons = printable("\n".join(f"  {r.name} ({r.size}): {r.reason}" for r in structure.refused))
         raise ValueError(
             f"model: nothing in {model} can be pruned:\n{reasons or '  it has no parameters that are read'}"
         )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,8 @@ from controlprune.app.compare import accuracy, count_flops
 from controlprune.app.demo import Progress
 from controlprune.app.tasks import load as load_task
 from controlprune.loop.history import History
+
+ROOT = Path(__file__).parents[2]
 
 MODULE = """
 from torch import nn
@@ -34,6 +40,10 @@ def words():
     return Words()
 def number():
     return 7
+def raises():
+    raise KeyError("no weights")
+def leaves():
+    raise SystemExit(0)
 """
 
 
@@ -41,6 +51,7 @@ def number():
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "their_nets.py").write_text(MODULE)
+    (tmp_path / "leaving_nets.py").write_text("import sys; sys.exit(1)")
     (tmp_path / "broken_nets.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
@@ -149,6 +160,11 @@ def test_report_tells_and_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixt
         (["profile", "broken_nets:net", "--input", "1"], "cannot import broken_nets: ZeroDivisionError"),
         (["profile", "their_nets:absent", "--input", "1"], "nets has no absent"),
         (["profile", "their_nets:needs_width", "--input", "1,4"], "cannot be called without arguments"),
+        (["profile", "their_nets:raises", "--input", "1,4"], "nets:raises raised: KeyError: 'no weights'"),
+        (["profile", "their_nets:leaves", "--input", "1,4"], "nets:leaves raised: SystemExit: 0"),
+        (["profile", "leaving_nets:net", "--input", "1,4"], "cannot import leaving_nets: SystemExit: 1"),
+        (["profile", "their_nets:net", "--input", "99999999,99999999"], "the inputs would take 3.7"),
+        (["profile", "their_nets:net", "--input", "9" * 30 + ",4"], "the inputs would take"),
         (["profile", "their_nets:number", "--input", "1,4"], "made a int, not a torch.nn.Module"),
         (["profile", "their_nets:net", "--input", "1,5"], "does not run on inputs of shapes [(1, 5)]"),
         (["train", "mnist", "--data", "nowhere"], "no nowhere/mnist/train.parquet"),
@@ -172,6 +188,8 @@ def test_a_mistake_is_told_in_one_line(
         (["demo", "--budget", "nan"], "no fraction of dense"),
         (["demo", "--budget", "3 apples"], "no fraction of dense"),
         (["train", "digits", "--steps", "0"], "no positive whole number"),
+        (["demo", "--seed", str(2**32)], "no seed: give a whole number from 0 to 4294967295"),
+        (["demo", "--seed", "-1"], "no seed"),
         (["profile", "a:b", "--input", "1,x"], "no shape"),
         ([], "required"),
     ],
@@ -183,6 +201,61 @@ def test_a_wrong_argument_is_named(
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_of_a_format_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = made_up_run().write(tmp_path / "run.jsonl")
+    assert main(["report", str(record), "-o", str(tmp_path / "run.docx")]) == 2
+    assert "--out" in (error := capsys.readouterr().err)
+    assert "docx" in error
+
+
+def run(folder: Path, arguments: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, whose streams are what a shell makes them."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    return subprocess.run(
+        [sys.executable, "-m", "controlprune.app.cli", *arguments],
+        cwd=folder, text=True, check=False, stderr=subprocess.PIPE,
+        env=environment | streams.pop("env", {}), **streams,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    record = made_up_run().write(tmp_path / "run.jsonl")
+    with open("/dev/full", "w") as full:
+        done = run(tmp_path, ["report", str(record)], stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.startswith("controlprune: error: ")
+    assert "space" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+    record = made_up_run().write(tmp_path / "run.jsonl")
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run(tmp_path, ["report", str(record)], stdout=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step 600 of 600" in done.stdout
+
+
+def test_help_of_profile_says_that_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["profile", "--help"])
+    assert "all of their code runs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_names_reach_a_terminal_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stranger's record, and a stranger's model, may hold what a terminal obeys."""
+    record = made_up_run()
+    lines = (
+        record.write(tmp_path / "run.jsonl").read_text().replace("layers.0", "\\u001b]0;$x$\\u0007\\u202e")
+    )
+    (tmp_path / "run.jsonl").write_text(lines)
+    assert main(["report", str(tmp_path / "run.jsonl"), "-o", str(tmp_path / "run.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert r"\x1b]0;$x$\x07\u202e" in shown
+    assert not set("\x1b\x07\u202e") & set(shown)
 
 
 class Terminal(io.StringIO):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rig import rig
 from runs import made_up_run
+from torch import nn
 
 import controlprune as cp
 from controlprune.loop.telling import Progress, inside, line, numbers, saved_share
@@ -65,6 +66,34 @@ def test_what_is_saved_counts_shrunk_steps_only() -> None:
     masked = rig(total_steps=30, policy=cp.Control(shrink=False, update_every=4))
     masked.train(0, 30)
     assert numbers(masked.controller.history)["flops/saved"] == 0.0
+
+
+def test_names_are_shown_as_text() -> None:
+    """They may hold what a terminal obeys."""
+    model = nn.Sequential()
+    for name, part in (("\x1b[2Jup", nn.Linear(8, 16)), ("act", nn.ReLU()), ("down\u202e", nn.Linear(16, 4))):
+        model.add_module(name, part)
+    controller = cp.attach(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        budget=cp.Budget(flops=0.5),
+        example_inputs=(torch.zeros(2, 8),),
+        total_steps=10,
+    )
+    assert controller.groups[0].name == "\x1b[2Jup", "in data as it is"
+    told = controller.report() + repr(controller)
+    assert r"\x1b[2Jup: 16 of 16" in told
+    assert all(c.isprintable() or c == "\n" for c in told)
+    controller.detach()
+    with pytest.raises(ValueError, match=r"nothing in .* can be pruned") as caught:
+        cp.attach(
+            nn.Sequential(model[-1]),
+            torch.optim.SGD(model[-1].parameters(), lr=0.1),
+            budget=cp.Budget(flops=0.5),
+            example_inputs=(torch.zeros(2, 16),),
+            total_steps=10,
+        )
+    assert "\u202e" not in str(caught.value)
 
 
 def test_the_log_has_what_matters_and_not_more(caplog: pytest.LogCaptureFixture) -> None:
