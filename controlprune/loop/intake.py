@@ -36,6 +36,7 @@ from .cadence import REPEATED, Cadence
 __all__ = ["Intake", "Step", "when_closed"]
 
 PATIENCE = 8  # steps that wait to be read together
+ROOM = 2**16  # units: gate gradients of more are read at once, as waiting would take memory
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Intake:
         self._unread.append(Unread(given, not self.idle, row, self._live))
         self._ran, self._gradients, self._returned = False, False, None
         self._rows = {}
-        full = row is not None or len(self._unread) >= PATIENCE
+        full = len(self._unread) >= PATIENCE or (row is not None and len(row) > ROOM)
         return full and not isinstance(given, Tensor) and (row is None or row.device.type == "cpu")
 
     def without_data(self) -> None:
@@ -137,16 +138,18 @@ class Intake:
 
     def unread(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the n unread steps, oldest first: losses (n), verdicts (n: the optimizer ran), rows (k, U)."""
-        units = sum(self._sizes)
         rows = [u.row for u in self._unread if u.row is not None]
         told = [u.loss for u in self._unread if isinstance(u.loss, Tensor)]
+        device = next((x.device for x in (*rows, *told)), torch.device("cpu"))
+        if device.type != "cpu":
+            flat = [x.float().flatten().to(device) for x in (*told, *rows)]
+            here = torch.cat(flat).cpu().split([len(x) for x in flat])
+            told, rows = list(here[: len(told)]), list(here[len(told) :])
+        came = iter(told)
+        losses = [next(came) if isinstance(u.loss, Tensor) else u.loss for u in self._unread]
+        known = torch.tensor([math.nan if loss is None else float(loss) for loss in losses])
         ran = torch.tensor([float(u.ran) for u in self._unread])
-        device = next((x.device for x in (*rows, *told)), ran.device)
-        flat = [x.float().flatten().to(device) for x in (*told, *rows)]
-        came = iter((torch.cat(flat) if flat else torch.zeros(0)).cpu().split([len(x) for x in flat]))
-        losses = [float(next(came)) if isinstance(u.loss, Tensor) else u.loss for u in self._unread]
-        known = torch.tensor([math.nan if loss is None else loss for loss in losses])
-        return known, ran, torch.stack([*came]) if rows else torch.zeros(0, units)
+        return known, ran, torch.stack(rows) if rows else torch.zeros(0, sum(self._sizes))
 
     def accept(self, own: Tensor, losses: Tensor, ran: Tensor, rows: Tensor) -> list[Step]:
         """The unread steps: losses and verdicts as all replicas see them, and what `unread` gave here."""

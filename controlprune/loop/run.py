@@ -118,7 +118,7 @@ class Run:
         tell_attached(problem)
         self._meet_shards()
         self._begin()
-        self._expect()
+        self.expect()
         self.replicas.watch_for_ddp(model, self.replicate)
 
     def _meet_shards(self) -> None:
@@ -196,7 +196,7 @@ class Run:
         started = time.process_time()
         self.metering.enter()
         self.plant.rest()
-        full = self.intake.after_step(loss, wanted=self.policy.wants(self.steps + 1).gradients)
+        full = self.intake.after_step(loss, wanted=self.wants.gradients)
         self.steps += 1
         self.metering.step()
         trouble = self.intake.cadence.trouble(self.problem.total_steps)
@@ -209,18 +209,19 @@ class Run:
             self._update()
         elif full and self.replicas.alone:
             self.read()
-        self._expect()
+        self.expect()
         self.metering.leave()
         self.overhead += time.process_time() - started
 
-    def _expect(self) -> None:
-        """What of the coming gradients the plant must not let pass."""
-        wants = self.policy.wants(self.steps + 1)
+    def expect(self) -> None:
+        """What the policy wants of the step that comes: asked once, and whenever it may have changed."""
+        wants = self.wants = self.policy.wants(self.steps + 1)
         self.plant.expect(wants.kind if wants.gradients or self.intake.owed else None)
 
     @property
     def due(self) -> bool:
-        wanted = self.postponed or self.policy.wants(self.steps).decision
+        """Is a decision wanted of the step that is over?"""
+        wanted = self.postponed or self.wants.decision
         return wanted and self.steps <= self.problem.total_steps and not self._stuck
 
     @plainly
@@ -363,6 +364,7 @@ class Run:
         self.budget, self.problem = budget, problem
         self.policy.retarget(problem)
         self.history.total_steps = total_steps
+        self.expect()
 
     def close(self, *, small: bool = False) -> None:
         """Nothing of ours is left on model and optimizer."""

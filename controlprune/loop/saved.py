@@ -97,6 +97,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     run.steps, run.measured_at, run.loss, run.measurements = steps, measured_at, loss, measurements
     run.postponed = bool(postponed)
     run.overhead, run.began = overhead, time.process_time() - seconds
+    run.expect()
 
 
 def _blank(history: History) -> History:

@@ -59,6 +59,7 @@ def step_absent(run: Run) -> None:
         run.replicas.mean(parts, fingerprint(run), present=False)
         run.intake.clear()
         run.postponed = True
+    run.expect()
 
 
 def rejoin(run: Run, source: int) -> None:

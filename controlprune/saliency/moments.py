@@ -52,6 +52,10 @@ def start_moments(units: int) -> Moments:
 def observe(moments: Moments, gradient: Tensor, decay: float) -> Moments:
     """One step of the recurrence above; NaN entries of `gradient` are not observed."""
     seen = torch.isfinite(gradient)
+    if bool(seen.all()):
+        rate = 1.0 - decay
+        first, second = moments.first.lerp(gradient, rate), moments.second.lerp(gradient.square(), rate)
+        return Moments(first, second, (moments.count + 1).clamp_max(MANY))
     rate = torch.where(seen, 1.0 - decay, 0.0)
     g = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
     return Moments(

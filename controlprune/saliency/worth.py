@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,14 +38,26 @@ TINY = 1e-30  # of a square of gradients
 
 
 def stability(now: Tensor, before: Tensor, group: Tensor, on: Tensor) -> float:
-    """In [0, 1]; 0 where there is nothing to compare. Vectors over all units."""
-    found: list[float] = []
-    for g in range(int(group.max()) + 1):
-        i = (group == g) & on
-        if i.sum() > 3 and now[i].any() and before[i].any():
-            ranks = torch.stack([x[i].argsort().argsort().float() for x in (now, before)])
-            found.append(float(torch.corrcoef(ranks)[0, 1]))
-    return max(0.0, float(np.mean(found))) if found else 0.0
+    """In [0, 1]; 0 where there is nothing to compare. Vectors over all units.
+
+    Of n ranks 0 … n − 1 each,  ρ = (Σ r r' − n (n − 1)²/4) / (n (n² − 1)/12).
+    """
+    g = group[on].numpy()
+    x, y = (v[on].float().numpy() for v in (now, before))
+    n = np.bincount(g, minlength=1).astype(float)
+    seen = (n > 3) & (np.bincount(g, x != 0, len(n)) > 0) & (np.bincount(g, y != 0, len(n)) > 0)
+    if not seen.any():
+        return 0.0
+    together = np.bincount(g, _ranks(x, g) * _ranks(y, g), len(n))[seen]
+    n = n[seen]
+    return max(0.0, float(np.mean((together - n * (n - 1) ** 2 / 4) / (n * (n**2 - 1) / 12))))
+
+
+def _ranks(x: NDArray[np.float32], group: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of each entry within its group, from 0; `group` ascends."""
+    ranks = np.empty(len(x))
+    ranks[np.lexsort((x, group))] = np.arange(len(x)) - np.searchsorted(group, group)
+    return ranks
 
 
 def depleted(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -37,6 +37,7 @@ class UnitRecord:
     def __init__(self, problem: Problem, *, moves: bool = False) -> None:
         self.sizes = list(problem.structure.sizes)
         units = sum(self.sizes)
+        self.group = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
         self.batch = max(1, problem.batch)  # of a mini-batch: the scale between variance and Fisher
         self.moments = start_moments(units)
         self.movement = torch.zeros(units if moves else 0)  # −Σ g over all observations
@@ -54,7 +55,7 @@ class UnitRecord:
         gradients = (gradients.double() / (self.scale or 1.0)).float()
         self.moments = observe(self.moments, gradients, self.decay)
         seen = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
-        self.window[0] += seen**2
+        self.window[0] += seen.square()
         if len(self.movement):
             self.movement -= seen
 
@@ -84,11 +85,6 @@ class UnitRecord:
             mean, curvature, norms, self.movement, self.moments.count.float(),
             self._marginal_costs(problem, on), age, on, self.group, slope, min(1.0, step / horizon),
         )  # fmt: skip
-
-    @property
-    def group(self) -> Tensor:
-        """The number of each unit's group."""
-        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
 
     def _marginal_costs(self, problem: Problem, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
@@ -138,6 +134,10 @@ class UnitRecord:
 
 def _scale(gradients: Tensor) -> float:
     """The power of two next to the root mean square of what is finite; 0 where that is nothing."""
-    seen = gradients[gradients.isfinite()].double()
-    size = float(seen.square().mean().sqrt()) if len(seen) else 0.0
+    if not len(gradients):
+        return 0.0
+    size = float(torch.linalg.vector_norm(gradients, dtype=torch.float64)) / math.sqrt(len(gradients))
+    if not math.isfinite(size):
+        seen = gradients[gradients.isfinite()].double()
+        size = float(seen.square().mean().sqrt()) if len(seen) else 0.0
     return 2.0 ** round(math.log2(size)) if size > 0.0 else 0.0
