@@ -23,7 +23,7 @@ import torch
 from ..measure import Results
 from .run import measured
 from .sides import FOUND, LEVERS, SIDES, make
-from .tables import cost_of, placed, tables
+from .tables import cost_of, placed, summary, tables
 from .task import Task
 from .tasks import TASKS
 
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(options: argparse.Namespace) -> None:
     shown = None if options.levers else SIDES
-    made = {task: tables(options.results, task, shown) for task in options.tasks or TASKS}
+    asked = options.tasks or list(TASKS)
+    made = {task: tables(options.results, task, shown) for task in asked}
+    made["summary"] = summary(options.results, asked, SIDES)
     if options.into is None:
         print("\n\n".join(text for text in made.values() if text) or "no results yet")
     else:

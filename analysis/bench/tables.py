@@ -15,12 +15,15 @@ from typing import Any
 
 from ..measure import Results, bootstrap
 
-__all__ = ["cost_of", "placed", "tables"]
+__all__ = ["cost_of", "placed", "summary", "tables"]
 
 Row = dict[str, Any]
 COLUMNS = (
     "side", "seeds", "{figure}", "minus dense", "minus best rival", "FLOPs", "training FLOPs", "time/dense",
     "steps to 99 %", "parameters", "latency",
+)  # fmt: skip
+SUMMARY = (
+    "task, share of the FLOPs", "seeds", "dense", "ours", "small from scratch", "best rival", "ours minus it",
 )  # fmt: skip
 GUESS = 120.0  # CPU seconds of a training nobody has made yet
 
@@ -47,6 +50,41 @@ def tables(folder: Path, task: str, shown: Collection[str] | None = None) -> str
     return "\n\n".join(parts)
 
 
+def summary(folder: Path, tasks: Collection[str], shown: Collection[str]) -> str:
+    """One line per task and budget: ours beside dense, the small net from scratch and the best rival."""
+    lines = ["| " + " | ".join(SUMMARY) + " |", "|" + "---|" * len(SUMMARY)]
+    for task in tasks:
+        rows = [r for r in _latest(Results(folder / f"{task}.jsonl").rows()) if r["side"] in shown]
+        for steps, budget in sorted({(r["steps"], r["budget"]) for r in rows if r["side"] == "ours"})[::-1]:
+            same = [
+                r for r in rows if r["steps"] == steps and (r["budget"] == budget or r["side"] == "dense")
+            ]
+            lines.append(_summed(f"{task}, {100 * budget:.0f} %", same))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _summed(name: str, rows: list[Row]) -> str:
+    figure = _figure(rows)
+    sides = {side: [r for r in rows if r["side"] == side] for side in {r["side"] for r in rows}}
+    rival = max(_rivals(sides), key=lambda side: _reached(sides[side], figure), default=None)
+    ours, dense = sides["ours"], sides.get("dense", [])
+    best = sides[rival] if rival else []
+
+    def shown(mine: list[Row]) -> str:
+        return f"{mean(r[figure] for r in mine):{_form(figure)}} ({_time(mine, dense)})" if mine else ""
+
+    columns = [
+        name + (" (loss)" if figure == "loss" else ""),
+        str(len(ours)),
+        shown(dense),
+        f"**{shown(ours)}**",
+        shown(sides.get("small from scratch", [])),
+        f"{shown(best)}: {rival}" if rival else "",
+        _apart(ours, best, figure),
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
 def placed(page: str, made: Mapping[str, str]) -> str:
     """The page with each task's tables between its marks."""
     for task, text in made.items():
@@ -65,26 +103,44 @@ def _latest(rows: list[Row]) -> list[Row]:
 
 
 def _table(rows: list[Row], budget: float) -> str:
-    figure = "accuracy" if "accuracy" in rows[0] else "loss"
-    better = 1 if figure == "accuracy" else -1
+    figure = _figure(rows)
     dense = [r for r in rows if r["side"] == "dense"]
     own = [r for r in rows if r["budget"] == budget and r["side"] != "dense"]
-
-    def reached(side: str) -> float:
-        return better * mean(r[figure] for r in own if r["side"] == side)
-
-    sides = sorted({r["side"] for r in own}, key=reached, reverse=True)
-    rivals = [side for side in sides if not side.startswith("ours")]
-    best = [r for r in own if r["side"] == rivals[0]] if rivals else []
+    found = {side: [r for r in own if r["side"] == side] for side in {r["side"] for r in own}}
+    sides = dict(sorted(found.items(), key=lambda pair: -_reached(pair[1], figure)))
+    best = sides[rivals[0]] if (rivals := _rivals(sides)) else []
     lines = ["| " + " | ".join(COLUMNS).format(figure=figure) + " |", "|" + "---|" * len(COLUMNS)]
-    for side in (["dense"] if dense else []) + sides:
-        mine = dense if side == "dense" else [r for r in own if r["side"] == side]
+    for side, mine in [("dense", dense)] * bool(dense) + [*sides.items()]:
         lines.append(_line(side, mine, dense, best, figure))
     return "\n".join(lines)
 
 
+def _figure(rows: list[Row]) -> str:
+    return "accuracy" if "accuracy" in rows[0] else "loss"
+
+
+def _reached(rows: list[Row], figure: str) -> float:
+    """More is better."""
+    return mean(r[figure] for r in rows) * (1 if figure == "accuracy" else -1)
+
+
+def _rivals(sides: Collection[str]) -> list[str]:
+    return [side for side in sides if side != "dense" and not side.startswith("ours")]
+
+
+def _time(mine: list[Row], dense: list[Row]) -> str:
+    """CPU time of the training over that of dense, each in units of the machine as it was."""
+    if not dense:
+        return ""
+    each = [mean(r["seconds"] / r["kernel"] for r in rows) for rows in (mine, dense)]
+    return f"{each[0] / each[1]:.2f}"
+
+
+def _form(figure: str) -> str:
+    return ".2f" if figure == "accuracy" else ".3f"
+
+
 def _line(side: str, mine: list[Row], dense: list[Row], best: list[Row], figure: str) -> str:
-    beside = mean(r["seconds"] / r["kernel"] for r in dense) if dense else float("nan")
     columns = [
         f"**{side}**" if side.startswith("ours") else side,
         str(len(mine)),
@@ -93,7 +149,7 @@ def _line(side: str, mine: list[Row], dense: list[Row], best: list[Row], figure:
         "" if side == "dense" or mine == best else _apart(mine, best, figure),
         f"{mean(r['flops'] for r in mine):.3f}",
         f"{mean(r['train_flops'] for r in mine):.3f}",
-        f"{mean(r['seconds'] / r['kernel'] for r in mine) / beside:.2f}",
+        _time(mine, dense),
         _steps(mine, dense, 1 if figure == "accuracy" else -1),
         f"{mean(r['parameters'] for r in mine) / 1e6:.3g} M",
         f"{1000 * mean(r['latency'] for r in mine):.2f} ms",
@@ -108,7 +164,7 @@ def _apart(mine: list[Row], other: list[Row], figure: str) -> str:
 
 
 def _interval(values: list[float], figure: str, sign: str = "") -> str:
-    form = f"{sign}.{2 if figure == 'accuracy' else 3}f"
+    form = sign + _form(figure)
     if not values:
         return ""
     if len(values) == 1:
@@ -121,7 +177,7 @@ def _steps(mine: list[Row], dense: list[Row], better: int) -> str:
     """Mean over the seeds; — where a seed does not get there."""
     goals = {r["seed"]: r["curve"][-1][1] for r in dense if r.get("curve")}
     found = [
-        _reached(r["curve"], goals[r["seed"]], better) for r in mine if r.get("curve") and r["seed"] in goals
+        _since(r["curve"], goals[r["seed"]], better) for r in mine if r.get("curve") and r["seed"] in goals
     ]
     if not found:
         return ""
@@ -129,7 +185,7 @@ def _steps(mine: list[Row], dense: list[Row], better: int) -> str:
     return f"{mean(steps):.0f}" if len(steps) == len(found) else "—"
 
 
-def _reached(curve: list[tuple[int, float]], goal: float, better: int) -> int | None:
+def _since(curve: list[tuple[int, float]], goal: float, better: int) -> int | None:
     """The first look from which on the figure is within 1 % of the goal."""
     least = goal * (1 - 0.01 * better)
     since = None

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="demo | train | profile | report | bench")
 
     demo = commands.add_parser("demo", help="watch a small network being pruned while it trains on digits")
-    demo.set_defaults(command=_train, task="digits", data=None, steps=None)
+    demo.set_defaults(command=_train, task="digits-wide", data=None, steps=None)
     _training_options(demo, out="runs/demo")
 
     train = commands.add_parser("train", help="the same on another task")

@@ -23,6 +23,7 @@ from ..budget import Budget
 from ..loop.attach import attach
 from ..loop.controller import Controller
 from ..loop.export import save
+from ..policies.feedback.control import Control
 from ..structure import analyse
 from ..structure.untouched import seeded
 from .compare import Side, accuracy, batches, count_flops, count_parameters, fresh, latencies, ratio, train
@@ -98,6 +99,7 @@ def _train_together(
         budget=Budget(flops=budget),
         example_inputs=(task.example(8),),
         total_steps=steps,
+        policy=None if task.plan is None else Control(plan=task.plan),
         seed=seed,
     )
     controlled.after = controller.step

@@ -52,7 +52,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def quantity(value: float, unit: str = "") -> str:
     """Three significant digits and a prefix: 1 234 567 FLOP -> "1.23 MFLOP"."""
     below = PREFIXES[-1] if value else (1.0, "")
-    scale, prefix = next(((s, p) for s, p in PREFIXES if abs(value) >= s), below)
+    scale, prefix = next(((s, p) for s, p in PREFIXES if abs(value) >= 0.9995 * s), below)
     digits = f"{value / scale:.3g}"
     return f"{digits} {prefix}{unit}".rstrip()
 

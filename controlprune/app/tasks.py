@@ -13,7 +13,7 @@ import hashlib
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from ..control.ramp import Plan
 
 __all__ = ["TASKS", "Task", "load"]
 
@@ -43,6 +45,7 @@ class Task:
     steps: int
     batch: int
     learning_rate: float = 1e-3  # of Adam
+    plan: Plan | None = None  # when to cut; None: by default
 
     def example(self, count: int = 1) -> Tensor:
         return self.train[0][:count]
@@ -135,6 +138,13 @@ def _digits(_: Path | None) -> Task:
     return _digits_task("digits", partial(residual_net, 1, 32))
 
 
+def _digits_wide(_: Path | None) -> Task:
+    """So wide that convolutions are what a step costs; easy, so an early cut heals."""
+    early = Plan(earliest=0.03, latest=0.05, duration=0.1, deadline=0.2)
+    task = _digits_task("digits-wide", partial(residual_net, 1, 96))
+    return replace(task, steps=500, batch=32, plan=early)
+
+
 def _digits_mlp(_: Path | None) -> Task:
     return _digits_task("digits-mlp", partial(mlp, 64, (304, 104)))
 
@@ -181,6 +191,7 @@ def _cifar10_small(data: Path | None) -> Task:
 
 TASKS: dict[str, Callable[[Path | None], Task]] = {
     "digits": _digits,
+    "digits-wide": _digits_wide,
     "digits-mlp": _digits_mlp,
     "digits-lenet": _digits_lenet,
     "mnist": _mnist,

@@ -25,6 +25,7 @@ def test_quantities_carry_a_prefix() -> None:
     assert quantity(1_234_567, "FLOP") == "1.23 MFLOP"
     assert quantity(0) == "0"
     assert quantity(999) == "999"
+    assert quantity(999_700) == "1 M"
     assert quantity(2.5e12, "FLOP") == "2.5 TFLOP"
 
 
