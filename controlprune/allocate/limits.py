@@ -6,7 +6,7 @@
 
 At the budget no group loses more than `slew` units at once while it is under n̄ by as much; recently switched
 units, and all dormant ones but the best `slew`, keep their state. Slew: an eighth of the group, at least one
-width step.
+width step. What was off stays off where units do not return (structure/groups.py).
 
 A limit counts as filled when less than a tolerance of dense is left under it (`tolerances`): what the
 cheapest unit costs, within [`NEAR`, `FAR`]; `FINE` of a run total, whose sum must come out; `ROUGH` of the
@@ -65,6 +65,7 @@ def allocate(
     """Masks and shadow prices: under the limits where there are any, else by the prices alone."""
     names, dense = tuple(problem.costs), np.array(list(problem.dense.values()))
     sizes, steps, masks = problem.structure.sizes, problem.steps, stand.masks
+    returns = tuple(group.returns for group in problem.structure.groups)
     most = slew(sizes, steps)
     least = problem.floors
     if even and stand.at_budget:
@@ -81,13 +82,16 @@ def allocate(
         steps=steps,
         grains=problem.grains,
         masks=tuple(m.numpy() for m in masks),
-        held=held(values, masks, stand.young, back),
+        held=held(values, masks, stand.young, back, returns),
         hysteresis=stand.hysteresis,
         tolerance=tolerances(problem, limits, min(max(_grain(problem), NEAR), FAR)),
         resources=names,
     )
     solution = solve(tradeoff)
-    free, far = replace(tradeoff, held=None), tolerances(problem, limits, FAR)
+    gone = (
+        None if all(returns) else tuple(~m & ~r for m, r in zip(tradeoff.masks or (), returns, strict=True))
+    )
+    free, far = replace(tradeoff, held=gone), tolerances(problem, limits, FAR)
     for easier in (free, replace(free, floors=problem.floors)) if limits else ():
         if not (bounds - solution.costs > far * dense).all():
             break  # some limit is filled
@@ -127,12 +131,16 @@ def floors(
 
 
 def held(
-    values: Values, masks: Sequence[Tensor], young: Sequence[Tensor], most: NDArray[np.int64]
+    values: Values,
+    masks: Sequence[Tensor],
+    young: Sequence[Tensor],
+    most: NDArray[np.int64],
+    returns: Sequence[bool],
 ) -> tuple[NDArray[np.bool_], ...]:
     """Units that keep their state at this update."""
     found: list[NDArray[np.bool_]] = []
-    for v, mask, recent, n in zip(values, masks, young, most, strict=True):
-        hold = recent.numpy().copy()
+    for v, mask, recent, back, may in zip(values, masks, young, most, returns, strict=True):
+        hold, n = recent.numpy().copy(), back if may else 0
         dormant = np.flatnonzero(~mask.numpy())
         hold[dormant[np.argsort(-v[dormant], kind="stable")[n:]]] = True
         found.append(hold)

@@ -1,5 +1,6 @@
 """A granularity: one kind of unit.
 
+    trace(model, inputs)      what is known of the model
     units(model, traced)      what a unit is, and what belongs to it: groups, and work that goes with them
     plant(model, …)           how masks of them are laid down, seen and finalized          (plant/base.py)
     shrinks                   is a masked net ever smaller than dense? If not, only what is counted can fall
@@ -11,14 +12,16 @@ whatever a group's width counts: channels, live weights, blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..plant.base import BasePlant
+from ..structure.analyse import analyse
 from ..structure.groups import Structure
+from ..structure.record import ExampleInputs
 
 __all__ = ["COUNTED", "Granularity"]
 
@@ -29,6 +32,13 @@ class Granularity(ABC):
     """Stateless: it makes what has state."""
 
     shrinks: bool = True
+    returns: bool = True  # may units that are off come back?
+
+    def trace(
+        self, model: nn.Module, example_inputs: ExampleInputs, ignored_layers: Sequence[nn.Module | str] = ()
+    ) -> Structure:
+        """What `units` is given: the trace of the model, left as it was found."""
+        return analyse(model, example_inputs, ignored_layers=ignored_layers, check=self.shrinks)
 
     @abstractmethod
     def units(self, model: nn.Module, traced: Structure, ignored: Collection[str] = ()) -> Structure:

@@ -32,7 +32,6 @@ from ..plant.joint import as_one
 from ..plant.optimizer import require_nothing_beside
 from ..policies.base import Policy
 from ..policies.feedback.control import Control
-from ..structure import analyse
 from ..structure.analyse import tensors_in
 from ..structure.groups import Structure
 from ..structure.record import batch_size
@@ -85,6 +84,10 @@ def attach(
     _check_arguments(model, budget, total_steps, policy)
     kind = granularity_of(granularity)
     kind.require(_named(budget), [own.name for own in budget.own if own.measure is None])
+    if not kind.returns and getattr(policy, "shrink", True) is False:
+        raise ValueError(
+            f"policy: with granularity={kind!s} units leave the tensors at once; leave shrink=True"
+        )
     stepper = as_one(optimizer)
     require_nothing_beside(stepper)
     instruments = _metered(instruments or Instruments(), budget, model)
@@ -94,7 +97,7 @@ def attach(
         _check_traced_alone(budget)
         traced, batch = example_inputs.structure, example_inputs.batch
     else:
-        traced = analyse(model, example_inputs, ignored_layers=ignored_layers, check=kind.shrinks)
+        traced = kind.trace(model, example_inputs, ignored_layers)
         batch = batch_size(example_inputs)
     if batch < 1:
         raise ValueError("example_inputs: the batch is empty; give one of at least one example")
@@ -111,7 +114,7 @@ def attach(
     deploy, seen = example_inputs, structure
     if deploy_inputs is not None:
         deploy = deploy_inputs
-        seen = _deployed(structure, model, deploy, ignored_layers) if gauged else structure
+        seen = _deployed(kind, structure, model, deploy, ignored_layers) if gauged else structure
     bench = Bench(model, stepper, example_inputs, deploy, instruments, steps, seen)
     found = survey(named, structure, bench, multiples)
 
@@ -155,14 +158,22 @@ def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:
 
 
 def _deployed(
-    structure: Structure, model: nn.Module, inputs: Any, ignored_layers: Sequence[nn.Module | str]
+    kind: Granularity,
+    structure: Structure,
+    model: nn.Module,
+    inputs: Any,
+    ignored_layers: Sequence[nn.Module | str],
 ) -> Structure:
     """The same groups, with the work that the deploy inputs make; as it was if they show other groups."""
     try:
-        seen = analyse(model, inputs, ignored_layers=ignored_layers)
+        traced = kind.trace(model, inputs, ignored_layers)
     except ValueError as error:
         reason = error.__cause__ or error
         raise ValueError(f"deploy_inputs: the model's forward does not take them: {reason}") from error
+    try:
+        seen = kind.units(model, traced, tensors_in(model, ignored_layers))
+    except ValueError:
+        return structure
     if (seen.names, seen.sizes) != (structure.names, structure.sizes):
         return structure
     return replace(structure, work=seen.work, traffic=seen.traffic)

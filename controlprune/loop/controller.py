@@ -170,7 +170,11 @@ class Controller:
         run, structure = self._run, self._run.problem.structure
         lines = [f"{len(self.groups)} groups, {len(structure.refused)} refused"]
         for group, mask in zip(self.groups, self.plant.masks, strict=True):
-            lines.append(f"  {group.name}: {int(mask.sum())} of {group.size} {group.kind} units active")
+            bound = self.plant.error_bounds.get(group.name)
+            added = "" if bound is None else f"; 2 Σσ of its cuts {bound:.3g}"
+            lines.append(
+                f"  {group.name}: {int(mask.sum())} of {group.size} {group.kind} units active{added}"
+            )
         lines += [f"  refused {r.name} ({r.size}): {r.reason}" for r in structure.refused]
         lines.append(f"  traced and checked in {structure.forwards} forward passes")
         lines += [f"  {line}" for line in run.policy.describe()]
@@ -208,6 +212,11 @@ class Controller:
 
     # --- by hand --------------------------------------------------------------------------------
 
+    def _gone(self) -> str:
+        """Groups that have lost units for good."""
+        pairs = zip(self.groups, self.plant.masks, strict=True)
+        return ", ".join(group.name for group, mask in pairs if not group.returns and not mask.all())
+
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Exactly these masks until the next update; groups that are not named keep theirs."""
         self._require_live("set_masks")
@@ -218,8 +227,13 @@ class Controller:
         if unknown:
             raise ValueError(f"masks: no group is called {unknown[0]!r}; the groups are {', '.join(names)}")
         now = dict(zip(names, self.plant.masks, strict=True))
-        wanted = [masks.get(name, now[name]) for name in names]
-        self._run.relayout(checked(wanted, self._run.problem.structure), self.plant.compact)
+        wanted = checked([masks.get(name, now[name]) for name in names], self._run.problem.structure)
+        for name, asked, can in zip(names, wanted, self.plant.project(wanted), strict=True):
+            if not torch.equal(asked, can):
+                raise ValueError(
+                    f"masks: {name!r} cannot have this mask, the nearest has {int(can.sum())} on"
+                )
+        self._run.relayout(wanted, self.plant.compact)
 
     def shrink(self) -> None:
         """Take dormant units out of the tensors, now."""
@@ -229,6 +243,11 @@ class Controller:
     def expand(self) -> None:
         """Put them back, exactly; they stay dormant."""
         self._require_live("expand")
+        if gone := self._gone():
+            raise ValueError(
+                f"expand: units of {gone} were truncated away, in a basis that is no longer there; they "
+                "never come back"
+            )
         self._run.relayout(self.plant.masks, False)
 
     @plainly
@@ -240,6 +259,11 @@ class Controller:
         after.
         """
         self._require_live("follow")
+        if not all(group.returns for group in self.groups):
+            raise ValueError(
+                "follow: states are cut in another basis each time, in which an average with older weights "
+                "means nothing; begin the average when the states are cut"
+            )
         self._run.follow(model)
 
     # --- the end --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Record:
     realised: Mapping[str, float]  # resource -> fraction of dense in use
     off: tuple[int, ...]  # units switched off at this update
     on: tuple[int, ...]  # units that came back at this update
+    bounds: Mapping[str, float] = field(default_factory=dict)  # group -> 2 Σσ of its cuts so far (states)
     event: str = ""  # "" or kinds such as "shrink", "expand", "look", "finalize", comma-separated
     seconds: float = 0.0  # process CPU time since attach
     overhead_seconds: float = 0.0  # of which spent in the controller
@@ -281,7 +282,7 @@ def _record(row: Mapping[str, Any]) -> Record:
     plain = (record.loss, record.seconds, record.overhead_seconds)
     if not (
         all(isinstance(values, tuple) and _counts(values) for values in counted)
-        and all(map(_numbers, (record.price, record.reference, record.realised)))
+        and all(map(_numbers, (record.price, record.reference, record.realised, record.bounds)))
         and all(type(value) in (int, float) for value in plain)
         and _counts([record.step])
         and isinstance(record.event, str)

@@ -51,15 +51,23 @@ class Layouts:
         return progress >= 1.0 - 1e-9 or progress - max(self.seen.values(), default=0.0) >= stride - 1e-9
 
     def choose(
-        self, problem: Problem, masks: Sequence[Tensor], *, compact: bool, held: Widths, left: int
+        self,
+        problem: Problem,
+        masks: Sequence[Tensor],
+        *,
+        compact: bool,
+        then: Widths,
+        held: Widths,
+        left: int,
     ) -> bool | None:
         """Compact or not, where `compact` is wanted and tensors of widths `held` have `left` steps to go.
+
+        `then`: their widths if it is so.
 
         Where a compiled model may not take those shapes: masked, which changes none, if it is so now, else
         None: hold.
         """
         resource = next(iter(problem.costs))
-        then = widths_of(masks) if compact else problem.structure.sizes
         pays = recompile_pays(
             problem, problem.fraction(resource, held), problem.fraction(resource, then), left
         )

@@ -148,8 +148,7 @@ class Run:
     @property
     def widths(self) -> tuple[int, ...]:
         """Of the tensors."""
-        plant = self.plant
-        return widths_of(plant.masks) if plant.compact else plant.structure.sizes
+        return self.plant.widths
 
     @plainly
     def state_dict(self) -> dict[str, Any]:
@@ -244,6 +243,7 @@ class Run:
             step=self.steps,
             loss=self.loss,
             norms=torch.cat(self.plant.weight_norms()).cpu(),
+            shares=self.plant.shares,
             masks=self.plant.masks,
             compact=self.plant.compact,
             measurements=measurements,
@@ -277,7 +277,8 @@ class Run:
         layout = self.layouts.choose(
             self.problem,
             decision.masks,
-            compact=decision.compact and plant.shrinks,
+            compact=(decision.compact or not plant.parks) and plant.shrinks,
+            then=plant.widths_at(decision.masks, decision.compact and plant.shrinks),
             held=self.widths,
             left=left,
         )
@@ -303,7 +304,9 @@ class Run:
     @plainly
     def relayout(self, masks: Sequence[Tensor], compact: bool) -> None:
         """The one way to other masks or the other layout."""
-        compact = compact and self.plant.shrinks and not all(bool(m.all()) for m in masks)
+        compact = (
+            (compact or not self.plant.parks) and self.plant.shrinks and not all(bool(m.all()) for m in masks)
+        )
         same = all(torch.equal(a, b) for a, b in zip(masks, self.plant.masks, strict=True))
         if not same or compact != self.plant.compact:
             shapes, held = self.shapes, self.widths
@@ -332,7 +335,7 @@ class Run:
         """The row of this update in the history."""
         plant = self.plant
         active, held = widths_of(plant.masks), self.widths
-        previous = widths_of(before) if was_compact else plant.structure.sizes
+        previous = plant.widths_at(before, was_compact)
         change = "shrink" if sum(held) < sum(previous) else "expand" if sum(held) > sum(previous) else ""
         self.history.append(
             Record(
@@ -345,6 +348,7 @@ class Run:
                 realised=dict(self.policy.realised(active)),
                 off=tuple(int((a & ~b).sum()) for a, b in zip(before, plant.masks, strict=True)),
                 on=tuple(int((b & ~a).sum()) for a, b in zip(before, plant.masks, strict=True)),
+                bounds=dict(plant.error_bounds),
                 event=",".join(k for k in (self.event, decision.event, change) if k),
                 seconds=time.process_time() - self.began,
                 overhead_seconds=self.overhead,

@@ -25,7 +25,7 @@ def fingerprint(run: Run) -> list[int]:
     """Of all that decides: it is the same on every rank."""
     if run.replicas.alone:
         return []
-    found = [list(run.plant.masks), run.plant.compact, run.policy.state_dict()]
+    found = [list(run.plant.masks), run.plant.compact, list(run.plant.mark), run.policy.state_dict()]
     return digest([run.steps, run.survey.mark, *found])
 
 

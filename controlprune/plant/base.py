@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..structure.groups import Structure
+from ..structure.groups import Structure, widths_of
 from .gate_gradients import Later
 from .layout import Spot
 from .masks import Masks
@@ -44,6 +45,7 @@ class BasePlant(ABC):
 
     shrinks: ClassVar[bool] = True  # has it a compact layout?
     packs: ClassVar[bool] = False  # are masks in files a bit a unit?
+    parks: ClassVar[bool] = True  # is what is off kept, so that it can come back?
     model: nn.Module
     optimizer: Optimizer | None
     structure: Structure
@@ -81,6 +83,37 @@ class BasePlant(ABC):
     def project(self, masks: Masks) -> Masks:
         """The masks nearest to `masks` that can be laid down."""
         return masks
+
+    def widths_at(self, masks: Sequence[Tensor], compact: bool) -> tuple[int, ...]:
+        """Units in the tensors at these masks and that layout."""
+        return widths_of(masks) if compact else self.structure.sizes
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units in the tensors."""
+        return self.widths_at(self.masks, self.compact)
+
+    def shares(self) -> Tensor | None:
+        """Of units that are seen only as a whole: the amplitude of each in it, Σ² = 1 per group.
+
+        1 where a unit is seen by itself; None: all are.
+        """
+        return None
+
+    @property
+    def error_bounds(self) -> Mapping[str, float]:
+        """Of groups whose cuts have a bound: Σ over the cuts so far, by name."""
+        return {}
+
+    @property
+    def mark(self) -> Sequence[int]:
+        """Tells the tensors of this plant from others that have the same masks; ranks compare it."""
+        return ()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, `apply` makes room for tensors that are about to be loaded."""
+        yield
 
     def expect(self, kind: Kind | None) -> None:
         """Of the next backward passes, gradients of dormant units will be read so (None: not at all)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,14 +47,16 @@ class Observation:
 
     `step`: how many are done. `loss`: nan where it is not given or no step was good yet. `gradients`: ∂L/∂g
     of every unit, NaN where it is absent; None: not read. In `decide` only: `norms`, Σ w² over the columns
-    that read each unit; `masks` per group, True = active; `compact`, are the others out of the tensors?;
-    `measurements` since the last decision; `final`, the run ends with this one.
+    that read each unit; `shares`, computed when called, the amplitude of each unit in what is seen of its
+    group (plant/base.py), None: each is seen by itself; `masks` per group, True = active; `compact`, are the
+    others out of the tensors?; `measurements` since the last decision; `final`, the run ends with this one.
     """
 
     step: int
     loss: float
     gradients: Tensor | None = None
     norms: Tensor | None = None
+    shares: Callable[[], Tensor | None] | None = None
     masks: tuple[Tensor, ...] = ()
     compact: bool = False
     measurements: tuple[Measurement, ...] = ()

@@ -121,6 +121,11 @@ class Rule(Policy):
                 f"policy: {name}(shrink=False) keeps the net dense, so {', '.join(problem.totals)} cannot "
                 "fall; leave shrink=True"
             )
+        if self.exchanges > 0.0 and not all(group.returns for group in problem.structure.groups):
+            raise ValueError(
+                f"policy: cp.{name} exchanges units, and states that were cut never come back; give "
+                "policy=cp.Control(), cp.Gradual() or cp.Magnitude()"
+            )
         if self.layers not in ("uniform", "erk"):
             raise ValueError(f'layers={self.layers!r}: give "uniform" or "erk"')
         if self.layers == "erk" and not problem.structure.entries:

@@ -28,7 +28,7 @@ switched off (`Control(learned=…)`; docs/results.md).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..structure.untouched import seeded
 
-__all__ = ["FEATURES", "GateController", "Statistics", "features", "first_guess"]
+__all__ = ["FEATURES", "GateController", "Statistics", "apportioned", "features", "first_guess"]
 
 FEATURES = (
     "log curvature", "signed slope", "noise", "log weight norm", "movement", "log cost share", "age",
@@ -69,6 +69,14 @@ class Statistics:
     group: Tensor
     loss_slope: float
     progress: float
+
+
+def apportioned(s: Statistics, shares: Tensor | None) -> Statistics:
+    """From a whole that was seen to its units, of amplitude a in it (plant/base.py): g → a g, H → a² H."""
+    if shares is None:
+        return s
+    shares = shares.to(s.mean)
+    return replace(s, mean=shares * s.mean, curvature=shares**2 * s.curvature)
 
 
 def _by_group(x: Tensor, group: Tensor, on: Tensor) -> Tensor:

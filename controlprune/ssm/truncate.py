@@ -9,7 +9,7 @@ Hankel singular values and are cut by a rule: `selective.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,7 +25,7 @@ from .moments import Map, Moments, carried
 from .reduce import Spectrum, embedding, reduced, spectrum, states_for
 from .selective import Selective, keep_states, scores_of
 
-__all__ = ["Cut", "states_kept_by", "states_of", "truncatable", "truncate", "values_of"]
+__all__ = ["Cut", "states_kept_by", "states_of", "to_truncate", "truncatable", "truncate", "values_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +65,15 @@ def truncate(layer: nn.Module, states: int, optimizer: Optimizer | None = None, 
     """
     if isinstance(layer, Selective):
         return _selected(layer, states, optimizer, name)
+    cut, put = to_truncate(layer, states, optimizer, name)
+    put()
+    return cut
+
+
+def to_truncate(
+    layer: nn.Module, states: int, optimizer: Optimizer | None = None, name: str = ""
+) -> tuple[Cut, Callable[[], None]]:
+    """What `truncate` would do, and a call that does it; ValueError, with nothing changed, if it cannot."""
     found = _spectrum(layer)
     system = _system(layer)
     before = states_of(layer)
@@ -78,9 +87,9 @@ def truncate(layer: nn.Module, states: int, optimizer: Optimizer | None = None, 
     if optimizer is not None:
         old = {n: parameters[n] for n in taken}
         moments = _moments(layer, optimizer, old, taken, small, found.batched)
-    _put(parameters, taken, optimizer, moments)
     bound = max(one.bound for one in small)
-    return Cut(name, before, states, found.values, bound, moments.dropped)
+    cut = Cut(name, before, states, found.values, bound, moments.dropped)
+    return cut, lambda: _put(parameters, taken, optimizer, moments)
 
 
 def states_of(layer: nn.Module) -> int:

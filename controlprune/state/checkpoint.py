@@ -89,7 +89,8 @@ class Checkpoints:
             wrong = self._misfit(state, prefix, masks if compact else None)
             if wrong:
                 raise ValueError(f"state_dict: {wrong} has not the shape that its masks say; it is corrupt")
-            self.relayout(masks, compact)
+            with self.plant.loading():
+                self.relayout(masks, compact)
 
     def _save_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         state[self.keys[id(optimizer)]] = self._describe()
@@ -101,7 +102,8 @@ class Checkpoints:
         if count != [len(group["params"]) for group in optimizer.param_groups]:
             return  # torch refuses it
         if key in state:
-            self.relayout(*self._parsed(state[key]))
+            with self.plant.loading():
+                self.relayout(*self._parsed(state[key]))
 
     def _arrived(self, optimizer: Optimizer) -> None:
         self.set_aside()
@@ -144,7 +146,8 @@ class Checkpoints:
                 "the dict does not say which units it holds; load it with controlprune.load, or load the "
                 "controller's state_dict first"
             )
-        self.relayout(tuple(torch.ones_like(m) for m in plant.masks), False)
+        with plant.loading():
+            self.relayout(tuple(torch.ones_like(m) for m in plant.masks), False)
 
     def _misfit(self, state: Mapping[str, Any], prefix: str, masks: tuple[Tensor, ...] | None) -> str:
         """The first tensor whose shape is not that of the given masks (`None`: dense)."""

@@ -52,6 +52,7 @@ class Group:
     multiple: int = 1  # live widths must be a multiple of it (a kernel of the model insists)
     step: int = 0  # between widths that are tried; 0: as the grid says (cost/grid.py)
     least: int = 0  # the narrowest; 0: as the grid says
+    returns: bool = True  # may a unit that is off come back?
 
     @property
     def readers(self) -> tuple[Slice, ...]:

@@ -52,7 +52,7 @@ from ...control.scale import Observer
 from ...cost.problem import Problem
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
-from ...saliency.network import GateController, Statistics, first_guess
+from ...saliency.network import GateController, Statistics, apportioned, first_guess
 from ...saliency.worth import depleted, margin_price
 from ...structure.groups import widths_of
 from ..base import Decision, Observation, Policy, Wants
@@ -199,9 +199,10 @@ class ControlLoop(Policy):
 
     def statistics(self, seen: Observation) -> Statistics:
         assert seen.norms is not None
-        return self.units.statistics(
+        known = self.units.statistics(
             self.problem, seen.step, torch.cat(seen.masks), seen.norms, self.trend.slope
         )
+        return apportioned(known, None if seen.shares is None else seen.shares())
 
     def _values(self, known: Statistics) -> Tensor:
         if self.control.value is not None:
@@ -216,6 +217,8 @@ class ControlLoop(Policy):
         """Is a revision of the masks at the budget due, and worth what it costs?"""
         every, passed = self.control.revise_every, self.updates - self.revised_at
         if self.reference.level > 0.0 or every == 0 or passed < every or self._frozen(seen.step):
+            return False
+        if not any(group.returns for group in self.problem.structure.groups):
             return False
         if not seen.compact:
             return True  # what is dormant is in the tensors, and observed all the time
