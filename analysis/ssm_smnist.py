@@ -7,9 +7,10 @@
 
 Pixels one by one, in rows; one block (BatchNorm, LRU of H = 8, GELU, dropout, GLU, dropout, residual), mean
 over time, linear. Sides: `full` (256 states); `cut S`: from 256 to S states, in five cuts of one ratio in the
-first tenth of the run; `direct S`: S states from the start; `tau T`: cuts by the tolerance T alone. A piece
-is one (side, seed); finished pieces are not run again. All sides: the same batches, rate and steps. Time is
-process CPU time of the whole run, evaluation left out (on a GPU: synchronised seconds).
+first tenth of the run; `early S`: in three cuts in its first 3 %; `direct S`: S states from the start;
+`tau T`: cuts by the tolerance T alone. A piece is one (side, seed); finished pieces are not run again. All
+sides: the same batches, rate and steps. Time is process CPU time of the whole run, evaluation left out (on a
+GPU: synchronised seconds).
 Published figures (arXiv 2510.02823, 784 steps; the speed second hand) stand beside ours.
 """
 
@@ -165,9 +166,16 @@ def _truncation(
     cuts = min(5, steps // 10)
     if kind == "tau":
         return ssm.Truncation(model, optimizer, total_steps=steps, tolerance=float(number), cuts=cuts)
-    if kind == "cut":
+    if kind in ("cut", "early"):
+        window, cuts = (0.1, cuts) if kind == "cut" else (0.03, min(3, cuts))
         return ssm.Truncation(
-            model, optimizer, total_steps=steps, tolerance=0.0, states=int(number), cuts=cuts
+            model,
+            optimizer,
+            total_steps=steps,
+            tolerance=0.0,
+            states=int(number),
+            window=window,
+            cuts=cuts,
         )
     return None
 

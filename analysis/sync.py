@@ -7,12 +7,9 @@ Printed per world size: collectives of the controller and their bytes per update
 made), their wall-clock share of the run (waiting for slower ranks included, so on few cores an upper bound),
 the controller's share of CPU time, beside the bytes that DDP itself reduces.
 
-On paper, with U units, P parameters, n steps per update, one probe every q updates, a calibration of t
-paired ablations every c updates, world size N (bytes, seconds):
+On paper, with U units, P parameters, n steps per update, world size N (bytes, seconds):
 
     update       8 (11 + 2 n)                     losses, verdicts, four words of digest and their squares
-    probe        8 (U + 1) / q
-    calibration  ~ 8 · 2 (t + 1) / c              sums and squares of paired differences
     DDP          4 P n                            gradients in float32, for comparison
     all-reduce   T(B) = 2 log2(N) α + 2 (N − 1)/N · B / β        latency α per hop, bandwidth β per rank
     digest       h U / η                          h ≈ 24 bytes of state per unit, hashed at η
@@ -64,19 +61,17 @@ def extrapolated(
     units: float = 96 * (4 * 12288 + 96),
     tokens: float = 4e6,
     n: int = 200,
-    q: int = 7,
 ) -> dict[str, float]:
     """Of an update of n steps, each of `tokens` tokens (6 FLOPs per parameter and token)."""
     step = 6 * parameters * tokens / cluster.ranks / cluster.flops
     exchange = cluster.all_reduce(8 * (11 + 2 * n))
-    probe = cluster.all_reduce(8 * (units + 1)) / q
     digest = 24 * units / cluster.hashing
     return {
         "seconds per step": step,
-        "bytes per update": 8 * (11 + 2 * n) + 8 * (units + 1) / q,
-        "seconds of exchange per update": exchange + probe,
-        "share of the steps": (exchange + probe) / (n * step),
-        "share with the digest": (exchange + probe + digest) / (n * step),
+        "bytes per update": 8 * (11 + 2 * n),
+        "seconds of exchange per update": exchange,
+        "share of the steps": exchange / (n * step),
+        "share with the digest": (exchange + digest) / (n * step),
         "DDP bytes per update": 4 * parameters * n,
     }
 
