@@ -30,7 +30,7 @@ class Ours(Side):
             seed=run.seed,
             policy=cp.Control(**self.settings) if self.settings else None,
         )
-        self._share, self._held, self._work = 1.0, None, cp.trace(run.model, run.example).structure.work
+        self._share, self._held, self._work = 1.0, None, self.controller.plant.structure.work
 
     def after(self, step: int, loss: Tensor) -> None:
         self.controller.step(loss)
