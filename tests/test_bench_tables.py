@@ -35,6 +35,7 @@ def test_differences_are_paired_and_the_best_rival_is_neither_dense_nor_ours(tmp
             for s in (0, 1)
         ),
         *(_row("static", s, 80.0) for s in (0, 1)),
+        _row("lucky", 0, 99.0),
         *(_row("ours", s, 88.0 + s, curve=[(40, 70.0)]) for s in (0, 1)),
         _row("ours", 1, 87.0, curve=[(40, 70.0)]),
     ]

@@ -124,8 +124,11 @@ def _reached(rows: list[Row], figure: str) -> float:
     return mean(r[figure] for r in rows) * (1 if figure == "accuracy" else -1)
 
 
-def _rivals(sides: Collection[str]) -> list[str]:
-    return [side for side in sides if side != "dense" and not side.startswith("ours")]
+def _rivals(sides: Mapping[str, list[Row]]) -> list[str]:
+    """Neither dense nor ours, and run on as many seeds as ours (as far as any was)."""
+    others = {side: len(rows) for side, rows in sides.items() if side != "dense" and side[:4] != "ours"}
+    enough = min(len(sides.get("ours", [])), max(others.values(), default=0))
+    return [side for side, count in others.items() if count >= enough]
 
 
 def _time(mine: list[Row], dense: list[Row]) -> str:
