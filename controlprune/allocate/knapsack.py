@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..control.nnls import nnls
 from ..cost.grid import ladder
 from ..cost.polynomial import Polynomial
 from ..cost.problem import require_feasible
@@ -188,8 +189,6 @@ def _shadow_prices(space: Space, at: Rungs) -> Array:
     use = np.concatenate([moves.cost[binding][:, use, 0].T for moves, use in rows])
     scale = 1 / space.dense[binding]
     weight = np.maximum(use @ scale, 1e-300)
-    from scipy.optimize import nnls  # takes a quarter of a second to import
-
-    solution, _ = nnls(use * scale / weight[:, None], np.maximum(worth, 0) / weight)
+    solution = nnls(use * scale / weight[:, None], np.maximum(worth, 0) / weight)
     out[binding] = solution * scale
     return out

@@ -40,6 +40,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..control.nnls import nnls
 from ..structure.exchange import at_widths, first_units, tensors_of
 from ..structure.extents import Extent
 from ..structure.groups import Structure
@@ -230,9 +231,7 @@ def _left_out(shares: Array, apart: Array, drawn: float) -> float:
 
 def _solve(shares: Array, apart: Array, drawn: float) -> Array:
     wanted = np.concatenate([np.ones(len(shares)), np.zeros(len(apart))])
-    from scipy.optimize import nnls  # takes a quarter of a second to import
-
-    return nnls(np.concatenate([shares, math.sqrt(drawn) * apart]), wanted)[0]
+    return nnls(np.concatenate([shares, math.sqrt(drawn) * apart]), wanted)
 
 
 def _polynomial(structure: Structure, parts: Sequence[Part], coefficients: Mapping[str, float]) -> Polynomial:

@@ -51,6 +51,11 @@ class Cadence:
         return min(self.gaps, key=lambda n: (-self.gaps[n], n), default=1)
 
     @property
+    def even(self) -> bool:
+        """Did the optimizer run at every call? Else gradients of several are accumulated."""
+        return self.gaps.keys() == {1} and self.idle == 0
+
+    @property
     def skipped(self) -> int:
         """Calls before which the optimizer should have run and did not."""
         usual = self.usual

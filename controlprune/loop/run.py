@@ -215,7 +215,8 @@ class Run:
     def expect(self) -> None:
         """What the policy wants of the step that comes: asked once, and whenever it may have changed."""
         wants = self.wants = self.policy.wants(self.steps + 1)
-        self.plant.expect(wants.kind if wants.gradients or self.intake.owed else None)
+        awaited = wants.gradients or self.intake.owed or not self.intake.cadence.even
+        self.plant.expect(wants.kind if awaited else None)
 
     @property
     def due(self) -> bool:

@@ -28,6 +28,7 @@ from .cuts import at, heard, sent
 from .hooks import Link
 from .interrupts import uninterrupted
 from .layout import Spot, fill_zero_
+from .silence import Silence
 
 __all__ = ["Gather", "Later", "Watch", "gather", "inner", "inners", "per_unit", "select_others"]
 
@@ -40,14 +41,19 @@ class Watch:
     """Gradients of the dormant columns of one parameter: read as they arrive, and left out.
 
     `record[d][j] = Σ_{other dimensions} w ∂w` at silent position j of dimension d, for the gradients now
-    in `parameter.grad` and at their scale once `settle` has run.
+    in `parameter.grad` and at their scale once `settle` has run. Where nothing is `expected`, gradients are
+    left out and no more.
     """
 
-    def __init__(self, spot: Spot, parameter: Tensor, later: Later | None = None) -> None:
+    def __init__(
+        self, spot: Spot, parameter: Tensor, later: Later | None = None, *, expected: bool = True
+    ) -> None:
         assert spot.home is not None
+        self.expected, self.current = expected, True  # current: the record is of what is in `.grad`
         self.parameter, self.home = parameter, spot.home
         self.later, self.pending = later, False
         self.silent = at(spot.cuts, "silent")
+        self.silence = Silence(self.silent)
         self.record = {d: _zeros(len(index), parameter) for d, index in self.silent.items()}
         self.norm = _zeros((), parameter)
         self.version = -1
@@ -69,7 +75,7 @@ class Watch:
         """Bring the record to the scale `parameter.grad` has now."""
         if self.pending:
             return
-        if self.parameter.grad is None:
+        if self.parameter.grad is None or not self.current:
             self._forget()
             return
         now = _norm(self.parameter.grad)
@@ -83,16 +89,16 @@ class Watch:
     def arrive(self, gradient: Tensor) -> Tensor | None:
         """A backward pass brings a gradient, to `.grad` or to who asked for it (`torch.autograd.grad`)."""
         by_hand, self.awaited = self.awaited, True
-        if by_hand:
+        if by_hand and self.expected:
             self._forget()
-        else:
+        elif self.expected:
             self.settle()
+        self.current = self.expected
         if self.later is not None:
             return None
         self._add(gradient)
-        for d, index in self.silent.items():
-            gradient = gradient.index_fill(d, index, 0)
-        if by_hand or self.parameter.grad is None:
+        gradient = self.silence.filled(gradient)
+        if self.expected and (by_hand or self.parameter.grad is None):
             self.norm = _norm(gradient.detach())
         return gradient
 
@@ -121,23 +127,26 @@ class Watch:
         gradient = self.parameter.grad
         if gradient is None or (self._known() is gradient and not self.pending):
             return
-        if not self.pending:
+        if not self.pending and self.expected:
             self.settle()
-        self.pending = False
+        self.pending, self.current = False, self.expected
         self._add(gradient)
-        fill_zero_(gradient, self.silent)
+        self.silence.fill_(gradient)
         self._seen(gradient)
 
     @torch.no_grad()
     def _add(self, gradient: Tensor) -> None:
+        if not self.expected:
+            return
         for d, index in self.silent.items():
             others = {k: silent for k, silent in self.silent.items() if k != d}
             column = fill_zero_(self.home.index_select(d, index), others)
             self.record[d] = self.record[d] + inner(column, gradient.index_select(d, index), d)
 
     def _seen(self, gradient: Tensor) -> None:
-        self.norm, self._known = _norm(gradient.detach()), weakref.ref(gradient)
-        self.version = gradient._version
+        self._known, self.version = weakref.ref(gradient), gradient._version
+        if self.expected:
+            self.norm = _norm(gradient.detach())
 
     def _untouched(self) -> bool:
         """Is the gradient as it was left?"""
@@ -288,5 +297,4 @@ def _zeros(shape: int | tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return torch.linalg.vector_norm(real, 1, dtype=_wide(tensor))
+    return tensor.abs().sum(dtype=_wide(tensor))

@@ -34,7 +34,7 @@ from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
 from ..structure.standins import count_live
 from ..structure.surroundings import plainly
-from .base import BasePlant
+from .base import BasePlant, Kind
 from .cuts import cuts_at
 from .gate_gradients import Gather, Later, gather, inner, inners, per_unit, select_others
 from .hooks import Link
@@ -71,6 +71,7 @@ class Plant(BasePlant):
         self._summed: Factored = frozenset()
         self._spots = self._laid_on()
         self._rest: Rest | None = None
+        self._expected = True  # are gradients of dormant units read?
         self._seen: dict[str, Tensor] = {}
         self._gather: Gather | None = None
         self._parked: dict[tuple[str, int], Tensor] = {}  # norms of what is parked
@@ -165,7 +166,7 @@ class Plant(BasePlant):
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""
         if self._rest is not None:
-            self._rest.again()
+            self._rest.between()
 
     def quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
         """Is nothing of dormant units read in this dense state dict?"""
@@ -183,6 +184,11 @@ class Plant(BasePlant):
     def spots(self) -> tuple[Spot, ...]:
         """The tensors that units stand in, with what is parked of them: to read, not to change."""
         return self._spots
+
+    def expect(self, kind: Kind | None) -> None:
+        self._expected = kind is not None
+        if self._rest is not None:
+            self._rest.expect(self._expected)
 
     def read_later(self, later: Later) -> None:
         """Gradients are averaged over replicas: `later` calls back when they are, in every backward pass."""
@@ -339,7 +345,9 @@ class Plant(BasePlant):
         resting = [] if self.compact else [s for s in self._spots if s.is_parameter and s.cuts]
         if resting:
             took = Link(self, Plant.follow_tensors)
-            self._rest = Rest(self.model, self.optimizer, resting, tensors, self._later, took)
+            self._rest = Rest(
+                self.model, self.optimizer, resting, tensors, self._later, took, expected=self._expected
+            )
 
     def _unhook(self) -> None:
         if self._rest is not None:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch._C import _functorch  # type: ignore[attr-defined]
 from torch.optim import Optimizer
 
+from .cuts import at
 from .gate_gradients import Later, Watch
 from .hooks import Link
 from .interrupts import uninterrupted
-from .layout import Index, Spot, at, fill_zero_, resting_rows
+from .layout import Spot, resting_rows
+from .silence import Silence
 
 __all__ = ["Rest", "elsewhere"]
 
@@ -42,12 +44,16 @@ class Rest:
         tensors: Mapping[str, Tensor],
         later: Later | None,
         follow: Callable[[], None],
+        *,
+        expected: bool = True,
     ) -> None:
-        self.follow = follow
+        self.follow, self.expected = follow, expected
         self.watches: dict[str, Watch] = {}
         self.handles: list[Any] = []
         self.kinds: list[tuple[torch.dtype, torch.device]] = []
-        self.places: list[tuple[Tensor, Rows, Index]] = []
+        self.places: list[tuple[Tensor, Rows, Silence]] = []
+        self.versions: list[int] = []  # of the weights, when they were last laid to rest
+        self.hears = False  # is this asked before every forward?
         self.names = [spot.name for spot in spots]
         try:
             self._hook(model, optimizer, spots, tensors, later)
@@ -65,9 +71,10 @@ class Rest:
     ) -> None:
         for spot in spots:
             parameter = tensors[spot.name]
-            self.places.append((parameter, resting_rows(spot), at(spot.cuts, "silent")))
-            if parameter.requires_grad and at(spot.cuts, "silent"):
-                self.watches[spot.name] = Watch(spot, parameter, later)
+            silent = at(spot.cuts, "silent")
+            self.places.append((parameter, resting_rows(spot), Silence(silent)))
+            if parameter.requires_grad and silent:
+                self.watches[spot.name] = Watch(spot, parameter, later, expected=self.expected)
         self.kinds = [(parameter.dtype, parameter.device) for parameter, *_ in self.places]
         self.handles = [
             model.register_forward_pre_hook(Link(self, Rest._before_forward)),
@@ -90,7 +97,21 @@ class Rest:
                 weights = parameter.data
                 for dim, (index, values) in rows.items():
                     weights.index_copy_(dim, index, values)
-                fill_zero_(weights, silent)
+                silent.fill_(weights)
+        self.versions = [parameter._version for parameter, *_ in self.places]
+
+    def between(self) -> None:
+        """The same after a step, unless every forward sees to it and nothing was written since the last."""
+        written = self.versions != [parameter._version for parameter, *_ in self.places]
+        if written or not self.hears:
+            self.again()
+        self.hears = False
+
+    def expect(self, expected: bool) -> None:
+        """Will gradients of dormant columns be read?"""
+        self.expected = expected
+        for watch in self.watches.values():
+            watch.expected = expected
 
     def strayed(self, tensors: Mapping[str, Tensor]) -> bool:
         """Has the model other objects of the same shapes under these names now?"""
@@ -105,6 +126,7 @@ class Rest:
 
     def _before_forward(self, *_: Any) -> None:
         if not elsewhere():
+            self.hears = True
             self.again()
 
     def _before_saving(self, *_: Any) -> None:
