@@ -226,6 +226,12 @@ def _check_arguments(model: object, budget: object, total_steps: object, policy:
         raise ValueError(
             "model: it was made in torch.inference_mode(), so nothing of it can be trained; make it outside"
         )
+    absent = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if absent:
+        raise ValueError(
+            f"model: its parameter {absent[0]!r} is on the meta device and has no values; load or initialise "
+            "it first. A trace needs none: controlprune.trace(model, inputs)"
+        )
     require_budget(budget)
     require_steps(total_steps)
     if not callable(getattr(policy, "begin", None)):

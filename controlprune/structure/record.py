@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from .rules import contraction as rules_contraction
@@ -135,11 +135,16 @@ def copied(example_inputs: ExampleInputs) -> ExampleInputs:
     """The same inputs in new tensors and objects: a forward may write on them (caches, in-place)."""
     memo: dict[int, Any] = {}
     for tensor in input_tensors(example_inputs):
-        memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        memo[id(tensor)] = _plain(tensor).detach().clone().requires_grad_(tensor.requires_grad)
     try:
         return copy.deepcopy(example_inputs, memo)
     except Exception:  # an object that can't be copied is passed as it is
         return example_inputs
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Not of a subclass that is there for its name only (torchvision's images): no tracer sees into one."""
+    return tensor if is_traceable_wrapper_subclass(tensor) else tensor.as_subclass(Tensor)
 
 
 def output_tensors(value: Any) -> list[Tensor]:

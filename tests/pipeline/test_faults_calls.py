@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rig import QUICK, batch, mlp, rig
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import controlprune as cp
+from controlprune.cost.cache import read_cache, write_cache
+from controlprune.loop.export import signed
 from controlprune.loop.history import History
 
 OPTIONS: dict[str, Any] = {
@@ -162,3 +168,137 @@ def test_a_hostile_record_is_refused(name: str, tmp_path: Path) -> None:
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in [*found, *found[1:]]))
     with pytest.raises(ValueError, match=r"bad\.jsonl"):
         History.read(path)
+
+
+# --- what a model is, gives and is given ------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+
+
+class Answers(nn.Module):
+    """Its output is a dataclass; `logits` is called past its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(self.inner(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["forward", "method"])
+@pytest.mark.parametrize("shrink", [False, True])
+def test_dataclasses_and_methods_are_no_compiled_model(how: str, shrink: bool) -> None:
+    """The same run as that of the plain module inside, whose masks and layouts are not limited."""
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        model: Any = Answers() if wrapped else mlp()
+        optimizer = adam(model)
+        controller = cp.attach(model, optimizer, **{**OPTIONS, "total_steps": 60, "policy": QUICK})
+        for step in range(60):
+            torch.manual_seed(step)
+            x, y = batch(step, (8,))
+            out = model(x) if not wrapped else model(x).logits if how == "forward" else model.logits(x)
+            F.cross_entropy(out, y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            if shrink and step == 30:
+                controller.shrink()
+        assert "torch.compile" not in controller.report()
+        ends.append([row.active for row in controller.history])
+        controller.finalize()
+    assert ends[0] == ends[1]
+
+
+class Named(torch.Tensor):
+    """A tensor by another name, as torchvision's images are."""
+
+
+def test_example_inputs_of_a_subclass_for_its_name() -> None:
+    x = torch.randn(2, 8)
+    plain, named = (cp.find_groups(mlp(), (inputs,)) for inputs in (x, x.as_subclass(Named)))
+    assert [group.name for group in named] == [group.name for group in plain]
+
+
+def test_a_model_without_values_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match=r"model: its parameter '0\.weight' is on the meta device"):
+        cp.attach(model, adam(model), **OPTIONS)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_another_default_number_type(compact: bool) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = mlp()
+        optimizer = adam(model)
+        options = {**OPTIONS, "example_inputs": (torch.zeros(2, 8),), "total_steps": 40, "policy": QUICK}
+        controller = cp.attach(model, optimizer, **options)
+        for step in range(40):
+            x, y = batch(step, (8,))
+            F.cross_entropy(model(x.double()), y).backward()
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+            if compact and step == 20:
+                controller.shrink()
+        controller.load_state_dict(controller.state_dict())
+        small = controller.finalize()
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in small.parameters()} == {torch.float64}
+    assert controller.cost()["flops"].fraction <= 0.5
+
+
+def test_what_is_written_on_dormant_columns_is_not_saved(tmp_path: Path) -> None:
+    run = rig(policy=replace(QUICK, shrink=False))
+    run.train(0, 60)
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(torch.randn_like(p))
+    saved = copy.deepcopy(run.model.state_dict())
+    cp.save(run.controller, tmp_path / "small.safetensors")
+    small = cp.load(tmp_path / "small.safetensors", mlp()).eval()
+    x, _ = batch(0, (8,))
+    torch.testing.assert_close(small(x), run.model.eval()(x))
+    assert not saved["3.weight"][:, ~run.controller.masks["0"]].any()
+
+
+# --- files that claim a great deal ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [10**15, 2**62])
+def test_a_file_that_claims_many_units_makes_nothing(units: int, tmp_path: Path) -> None:
+    """Refused as another model's, before a mask of that length is."""
+    run = rig()
+    run.train(0, 60)
+    run.controller.finalize()
+    path = tmp_path / "small.safetensors"
+    cp.save(run.controller, path)
+    with safe_open(str(path), framework="pt") as file:
+        text = file.metadata()["controlprune"]
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    header = json.loads(re.sub(r"\b32\b", str(units), text))
+    save_file(tensors, str(path), metadata=signed(header, tensors))
+    with pytest.raises(ValueError, match=r"small\.safetensors"):
+        cp.load(path, mlp())
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, "[1]", "\x00", '{"a": ' + "9" * 5000 + "}"]
+)
+def test_a_hostile_cache_is_as_good_as_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "latency.json").write_text(text)
+    assert read_cache("latency", tmp_path) == {}
+    write_cache("latency", "key", 1.0, tmp_path)
+    assert read_cache("latency", tmp_path) == {"key": 1.0}
