@@ -138,7 +138,7 @@ def _pieces(tape: Tape, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 
 def _piece(tape: Tape, axis: Axis, start: int, length: int) -> Axis:
-    if 2 * length == axis.size and start in (0, length):
+    if 2 * length == axis.size and start in (0, length) and not tape.given:
         return _pieces(tape, axis, [length, length])[start // length]
     return tape.segment(axis, [start, length, axis.size - start - length])[1]
 

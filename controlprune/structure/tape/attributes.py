@@ -12,6 +12,7 @@ A product of two such ints (`heads * head_dim`) is traced as both. The originals
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .axes import Axis
 from .reading import SizeReader, argument, has_seen
-from .seen import Attribute, Key, SeenInt, Size, Term, plain
+from .seen import Attribute, Computed, Key, SeenInt, Size, Term, plain
 from .tape import Tape
 
 __all__ = ["SizeWatcher", "TracedInt", "traced_attributes"]
@@ -135,7 +136,9 @@ class SizeWatcher(SizeReader):
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not has_seen((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
             return func(*args, **kwargs)
+        self.tape.given = func is Tensor.__getitem__ and _bounded(args[1])
         result = super().called(func, args, kwargs)
+        self.tape.given = False
         watch = WATCHED.get(getattr(func, "__name__", ""))
         if watch is not None:
             self._learn(watch, args, kwargs, result)
@@ -155,6 +158,21 @@ class SizeWatcher(SizeReader):
         for (key, _), piece in zip(traced.factors, pieces, strict=True):
             if key is not None:
                 self.tape.bind(*key, piece)
+
+
+def _bounded(index: Any) -> bool:
+    """Does a slice among them end where an attribute says? Then halves are not halves of one thing."""
+    slices = [i for i in (index if isinstance(index, tuple) else (index,)) if isinstance(i, slice)]
+    return any(
+        isinstance(bound, SeenInt) and _kept(bound.term) for i in slices for bound in (i.start, i.stop)
+    )
+
+
+def _kept(term: Term) -> bool:
+    """Is it a sum of products of attributes?"""
+    if isinstance(term, Computed):
+        return term.operator in ("add", "mul") and all(map(_kept, term.terms))
+    return isinstance(term, Attribute)
 
 
 # --- which argument is the size of which axis ----------------------------------------------------------
@@ -221,13 +239,35 @@ def _getitem(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: An
         if entry is Ellipsis:
             position += len(axes) - used
         elif isinstance(entry, slice):
+            axis = axes[position]
             for bound in (entry.start, entry.stop):
-                if isinstance(bound, TracedInt) and 0 < bound < axes[position].size:
-                    axis = axes[position]
-                    found.append((bound, tape.segment(axis, [bound, axis.size - bound])[0]))
+                if isinstance(bound, SeenInt) and 0 < bound < axis.size:
+                    parts = _summands(bound.term)
+                    sizes = [plain(part) for part in parts]
+                    found += zip(parts, tape.segment(axis, [*sizes, axis.size - sum(sizes)]), strict=False)
         if isinstance(entry, (slice, int)):
             position += 1
     return found
+
+
+def _summands(term: Term) -> list[TracedInt]:
+    """The term as a sum of products of attributes; LookupError if it is none."""
+    if isinstance(term, Computed) and term.operator == "add":
+        return [part for inner in term.terms for part in _summands(inner)]
+    factors = _product(term)
+    return [TracedInt.of(SeenInt(math.prod(value for _, value in factors), term), factors)]
+
+
+def _product(term: Term) -> tuple[tuple[Key | None, int], ...]:
+    match term:
+        case Attribute(key, value):
+            return ((key, value),)
+        case Computed("mul", terms):
+            return tuple(factor for inner in terms for factor in _product(inner))
+        case int():
+            return ((None, term),)
+        case _:
+            raise LookupError(term)
 
 
 def _repeat_interleave(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:

@@ -135,6 +135,7 @@ class Tape:
     norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
     counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
     questions: list[Question] = field(default_factory=list)  # what the model's code asked about sizes
+    given: bool = False  # the bounds of the slice that is taken are numbers that modules keep
     where: str = ""
     counting: bool = True
 

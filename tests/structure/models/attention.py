@@ -94,6 +94,27 @@ class FusedHeads(nn.Module):
         return x + self.out(out.reshape(b, t, self.heads * self.head_dim))
 
 
+class FusedGroupedQuery(nn.Module):
+    """As Phi-3 has it: the queries of one product are as many numbers as its keys and values together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.repeats = 4, 2, 6, 2
+        self.qkv, self.o = nn.Linear(10, 48), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        qkv, width = self.qkv(x), self.heads * self.head_dim
+        inner = width + self.kv_heads * self.head_dim
+        q, k, v = (
+            z.view(b, t, -1, self.head_dim).transpose(1, 2)
+            for z in (qkv[..., :width], qkv[..., width:inner], qkv[..., inner:])
+        )
+        k, v = (z.repeat_interleave(self.repeats, dim=1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.o(y.transpose(1, 2).reshape(b, t, -1))
+
+
 class LinearAttention(nn.Module):
     """States of keys × values, updated in a loop: the key width is summed, the value width is free."""
 
@@ -149,6 +170,7 @@ class CachedBias(nn.Module):
 CASES: Cases = {
     "gqa_repeat_interleave": (lambda: GroupedQuery(False), (2, 5, 10), [2, 2]),
     "gqa_native": (lambda: GroupedQuery(True), (2, 5, 10), [2, 2]),
+    "gqa_fused": (FusedGroupedQuery, (2, 5, 10), [2, 2]),
     "multihead_attention": (TorchAttention, SEQUENCE, [3, 9, 12]),
     "multihead_keys": (KeysOfItsOwn, SEQUENCE, [9]),
     "encoder_layer": (lambda: TorchEncoder(False), (2, 5, 12), [3, 20]),
