@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ..plant.base import named_tensors
 from ..plant.copies import dense_copies, dense_copy
+from ..plant.plant import Plant
 from .controller import Controller
 
 __all__ = ["Ancestor", "ancestor", "distillation"]
@@ -80,6 +81,11 @@ def ancestor(controller: Controller) -> Ancestor:
         raise ValueError(
             "controller: its parameters are sharded, no process holds the dense model; give distillation a "
             "teacher of your own"
+        )
+    if not isinstance(controller.plant, Plant):
+        raise ValueError(
+            "controller: under its granularity what is switched off is not kept; give distillation a teacher "
+            "of your own, a copy.deepcopy of the model before the cut"
         )
     return Ancestor(controller)
 

@@ -113,6 +113,20 @@ def test_the_loss_is_cross_entropy_and_the_divergence_from_the_teacher_by_hand()
     assert cp.distillation(s, s, temperature=3.0) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_where_nothing_is_parked_there_is_no_ancestor() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    controller = cp.attach(
+        model,
+        torch.optim.Adam(model.parameters()),
+        budget=cp.Budget(flops=0.5),
+        example_inputs=(torch.zeros(2, 8),),
+        total_steps=20,
+        granularity="weight",
+    )
+    with pytest.raises(ValueError, match="is not kept"):
+        cp.ancestor(controller)
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
