@@ -133,7 +133,7 @@ def _curves(histories: Mapping[str, History]) -> list[Figure]:
     step = {"xaxis": {"title": {"text": "optimizer step"}}}
     return [
         ("resources", "Resource use, of dense", resources, {**step, "yaxis": {"tickformat": ".0%"}}),
-        ("price", "Price: loss per dense model's worth", prices, {**step, "yaxis": {"type": "log"}}),
+        ("price", "Price (of a budget: relative)", prices, {**step, "yaxis": {"type": "log"}}),
         ("loss", "Training loss", losses, step),
         ("switches", "Units switched", switches, {**step, "barmode": "relative", "bargap": 0}),
     ]

@@ -150,7 +150,9 @@ def _resource(axis: Axes, history: History) -> None:
 
 def _price(axis: Axes, history: History) -> None:
     """Logarithmic; a price a thousand times below the highest is no price, and below the axis."""
-    axis.set_title("Price: loss that one dense model's worth of the resource costs", loc="left", fontsize=9.5)
+    shadow = bool(history.budget)  # of gradients at their first size, whatever the loss is measured in
+    title = "Shadow price" if shadow else "Price: loss that one dense model's worth of the resource costs"
+    axis.set_title(title, loc="left", fontsize=9.5)
     names = list(dict.fromkeys(name for row in history for name in row.price))
     price = {name: _series(history, "price", name) for name in names}
     highest = max(np.fmax.reduce(series) for series in price.values())
@@ -159,7 +161,7 @@ def _price(axis: Axes, history: History) -> None:
         drawn = np.where(series > 0, series, np.nan)
         axis.step(_steps(history), drawn, where="post", color=colour, lw=1.3, label=name)
     _log_scale(axis, lowest / 1.5, highest * 1.5)
-    axis.set_ylabel("loss", fontsize=8)
+    axis.set_ylabel("relative" if shadow else "loss", fontsize=8)
     _legend(axis)
 
 

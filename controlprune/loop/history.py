@@ -44,7 +44,7 @@ class Record:
     loss: float
     active: tuple[int, ...]  # units that are on
     widths: tuple[int, ...]  # units physically in the tensors
-    price: Mapping[str, float]  # resource -> loss per dense use of it
+    price: Mapping[str, float]  # resource -> loss per dense use of it; of a budget, relative
     reference: Mapping[str, float]  # resource -> fraction of dense that was asked for
     realised: Mapping[str, float]  # resource -> fraction of dense in use
     off: tuple[int, ...]  # units switched off at this update
