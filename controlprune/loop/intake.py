@@ -18,6 +18,7 @@ loss is then the mean, and all of them must have run.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from .cadence import REPEATED, Cadence
 
 __all__ = ["Intake", "Step", "when_closed"]
 
+log = logging.getLogger("controlprune")
 PATIENCE = 8  # steps that wait to be read together
 ROOM = 2**16  # units: gate gradients of more are read at once, as waiting would take memory
 
@@ -101,10 +103,11 @@ class Intake:
             self.told = True
             names = [n for n, o in zip(self.plant.structure.names, observable, strict=True) if not o]
             listed = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
-            warn(
-                f"controlprune: what reads the units of {listed} is frozen, so that no gradient tells what "
-                "they are worth: they are ranked by the norm of what reads them, and count as much as the "
-                "average of the others. To leave them alone, name their layers in ignored_layers",
+            log.warning(
+                "what reads the units of %s is frozen, so that no gradient tells what they are worth: they "
+                "are ranked by the norm of what reads them, and count as much as the average of the others. "
+                "To leave them alone, name their layers in ignored_layers",
+                listed,
             )
         here = masks if self.plant.compact else [torch.ones_like(mask) for mask in masks]
         return tuple(mask & torch.tensor(o) for mask, o in zip(here, observable, strict=True))
