@@ -15,6 +15,7 @@ whatever happens.
 from __future__ import annotations
 
 import linecache
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,7 +45,14 @@ QUIET = 1e-3  # vectors below it (layer scales) count as constant
 DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
 ELSEWHERE = "at some widths the model's code asks about sizes that it does not ask about when dense"
 FIXED = "the model's code fixes its size"
-HINT = "; to prune it, write -1 for the size that shrinks, or a size that the module keeps, as self.head_dim"
+KEPT = "a size that the module keeps, as self.head_dim"
+REWRITES = (  # how an error's text begins, and what to write instead
+    (r"shape '\[-1, \d+\]'", "write x.flatten(1), or -1 for the size that shrinks"),
+    (r"shape '", f"write -1 for the size that shrinks, or {KEPT}"),
+    (r"split_with_sizes expects", f"split by {KEPT.replace('head_dim', 'width')}, or write x.chunk(n, dim)"),
+)
+
+NOT_THE_MODELS = ("torch", __name__.partition(".")[0])  # packages whose lines are not the user's
 
 Values: TypeAlias = Mapping[str, Tensor]
 
@@ -217,18 +225,17 @@ def _gap(a: Tensor, b: Tensor) -> float:
 
 
 def _told(error: Exception, model: nn.Module) -> Failure:
-    """Its first line, and the line of the model's own code that it came from."""
+    """Its first line, the line of the model's own code that it came from, and what to write there."""
     names = {id(module): name for name, module in model.named_modules()}
     module, place = "", ""
     for frame, line in _frames(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        module = names.get(id(owner), module)
-        path = frame.f_code.co_filename
-        if isinstance(owner, nn.Module) and not type(owner).__module__.startswith("torch."):
+        module = names.get(id(frame.f_locals.get("self")), module)
+        path, package = frame.f_code.co_filename, str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package not in NOT_THE_MODELS:
             place = f"; {path.rpartition('/')[2]}:{line}: {linecache.getline(path, line).strip()}"
     text = next(iter(str(error).strip().splitlines()), "")
-    hint = HINT if text.startswith("shape '") else ""
-    return Failure(f"{FIXED} ({type(error).__name__}: {text}{place}{hint})", module)
+    instead = next((f"; to prune it, {hint}" for begin, hint in REWRITES if re.match(begin, text)), "")
+    return Failure(f"{FIXED} ({type(error).__name__}: {text}{place}{instead})", module)
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .draws import at, draws, rounded
 from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, size
 from .groups import Refusal, Slice, Structure, Work, widths_of
-from .guards import Guard, Quantity, Reckoned, Unprovable, unseen
+from .guards import Guard, Quantity, Reckoned, Unprovable, groups_of, unseen
 from .record import ExampleInputs
 from .trial import DIFFERS, Failure, Trial
 
@@ -146,8 +146,13 @@ class _Check:
             if self.failure(draw, [*accepted, number]) is None:
                 return [*accepted, number]
             del self.multiples[number]
-        self.refused[number] = failure.reason
+        self.refused[number] = failure.reason + self._asked(number, failure)
         return accepted
+
+    def _asked(self, number: int, failure: Failure) -> str:
+        """The line that asks for its size, where that may be why outputs differ."""
+        asking = [guard.line for guard in self.structure.guards if number in groups_of(guard)]
+        return f"; its size is asked for in {asking[0]}" if asking and failure.reason == DIFFERS else ""
 
     def _bisect_family(self, draw: int, accepted: list[int], family: list[int]) -> list[int]:
         """The first two alone; what happens to both happens to their likenesses."""

@@ -13,6 +13,7 @@ from controlprune.structure import analyse
 
 from .models import CASES
 from .models.experts import GroupedProducts
+from .models.guarded import GUARDS
 from .test_awkward import build
 
 NORM = "a norm takes statistics over it: with units off, the others would be normalised differently"
@@ -67,6 +68,44 @@ def test_masks_by_hand_keep_to_the_kernels_steps() -> None:
     with pytest.raises(ValueError, match="'up' has 9 active units; the model's code takes multiples of 8"):
         plant.apply([torch.arange(32) < 9], compact=False)
     plant.apply([torch.arange(32) < 8], compact=True)
+
+
+class Literal(nn.Module):
+    """Sizes written down, in ways that people write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.mix = 4, nn.Linear(12, 36), nn.Linear(12, 12)
+        self.enter, self.flat = nn.Conv2d(1, 20, 3), nn.Linear(320, 5)
+        self.first, self.last = nn.Linear(5, 16), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        b, t, c = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, c)
+        h = self.flat(self.enter(image).relu().view(-1, 320))
+        _, kept = self.first(h).split([10, 6], 1)
+        return self.mix(y), self.last(kept)
+
+
+def test_a_size_that_is_written_down_is_told_with_its_line_and_what_to_write_instead() -> None:
+    torch.manual_seed(0)
+    refused = analyse(Literal(), (torch.randn(2, 5, 12), torch.randn(2, 1, 6, 6))).refused
+    told = {r.name: r.reason for r in refused if "test_refusals.py:" in r.reason}
+    assert ".view(b, t, 3, self.heads, c // self.heads)" in told["qkv"]
+    assert (
+        "write -1 for the size that shrinks, or a size that the module keeps, as self.head_dim" in told["qkv"]
+    )
+    assert ".view(-1, 320)" in told["enter"]
+    assert "write x.flatten(1)" in told["enter"]
+    assert "self.first(h).split([10, 6], 1)" in told["first"]
+    assert "split by a size that the module keeps, as self.width, or write x.chunk(n, dim)" in told["first"]
+
+
+def test_a_size_that_is_asked_for_is_told_with_the_line() -> None:
+    torch.manual_seed(0)
+    refused = {r.name: r.reason for r in analyse(GUARDS["even"](), torch.randn(4, 5)).refused}
+    assert refused["first"].endswith('"even": _when(lambda h: h.shape[1] % 2 == 0),')
 
 
 def test_a_branch_that_does_not_run_is_told_as_such() -> None:
