@@ -228,10 +228,11 @@ class Controller:
             raise ValueError(f"masks: no group is called {unknown[0]!r}; the groups are {', '.join(names)}")
         now = dict(zip(names, self.plant.masks, strict=True))
         wanted = checked([masks.get(name, now[name]) for name in names], self._run.problem.structure)
-        for name, asked, can in zip(names, wanted, self.plant.project(wanted), strict=True):
-            if not torch.equal(asked, can):
+        for group, asked, can in zip(self.groups, wanted, self.plant.project(wanted), strict=True):
+            if not group.returns and not torch.equal(asked, can):
                 raise ValueError(
-                    f"masks: {name!r} cannot have this mask, the nearest has {int(can.sum())} on"
+                    f"masks: {group.name!r} cannot have this mask, the nearest has {int(can.sum())} on; its "
+                    "units go from the last one, and never come back"
                 )
         self._run.relayout(wanted, self.plant.compact)
 
