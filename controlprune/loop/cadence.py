@@ -76,7 +76,7 @@ class Cadence:
                 "another one stepped, is its step() after the whole loop, or are more batches than that "
                 "accumulated? Then call controller.step() once per optimizer.step()"
             )
-        if self.gaps and self.idle == REPEATED * self.usual:
+        if self.idle >= REPEATED and self.gaps and self.idle == REPEATED * self.usual:
             return (
                 f"the optimizer that is attached has not run in the last {self.idle} calls of "
                 "controller.step(): a GradScaler may skip it (its gradients overflow), or another one is "

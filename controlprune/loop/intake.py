@@ -256,7 +256,7 @@ def _scalar(loss: object, *, strict: bool) -> Tensor | float | None:
     if isinstance(loss, Tensor) and (loss.numel() == 1 or strict):
         if loss.numel() != 1:
             raise ValueError(f"loss has shape {tuple(loss.shape)}: give the scalar that was differentiated")
-        return float(loss.detach()) if loss.device.type == "cpu" else loss.detach().reshape(()).clone()
+        return loss.item() if loss.is_cpu else loss.detach().reshape(()).clone()
     if isinstance(loss, Real) and not isinstance(loss, bool):
         return float(loss)
     if strict:

@@ -36,6 +36,7 @@ from ..state.checksum import checksum
 
 __all__ = ["Replicas", "digest", "rebuild", "several", "unwrapped"]
 
+AVAILABLE = dist.is_available()  # asked at every step
 WORDS = 4  # of a digest, 16 bits each: their squares are summed exactly in float64
 
 
@@ -54,7 +55,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
 
 def several() -> bool:
     """Do processes train together here?"""
-    return dist.is_available() and dist.is_initialized()
+    return AVAILABLE and dist.is_initialized()
 
 
 class Replicas:

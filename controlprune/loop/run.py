@@ -171,7 +171,7 @@ class Run:
         started = time.process_time()
         self.metering.enter()
         self.checkpoints.require_admitted()
-        wanted = self.policy.wants(self.steps + 1).gradients
+        wanted = self.wants.gradients
         read = wanted and not self._blind and not self._stuck
         try:
             self.intake.before_step(optimizer, returned, read=read)
