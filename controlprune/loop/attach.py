@@ -150,9 +150,12 @@ def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:
             "example_inputs: the parameters are sharded already; before that, make traced = "
             "controlprune.trace(model, example_inputs), and give example_inputs=traced"
         )
-    if getattr(policy, "shrink", False):
+    from ..plant.fsdp import reshapes  # it imports a good deal of torch
+
+    if getattr(policy, "shrink", False) and not reshapes(model):
         raise ValueError(
-            "policy: sharded parameters keep their shapes; give policy=controlprune.Control(shrink=False)"
+            "policy: parameters under tensor parallelism, or that FSDP2 cuts along other than their rows or "
+            "offloads to the CPU, keep their shapes; give policy=controlprune.Control(shrink=False)"
         )
     return True
 

@@ -276,9 +276,11 @@ class Controller:
 
         `into`: where the parameters are sharded, a plain dense model of the same class, on every rank: it
         gets the gathered weights and becomes the small one; the sharded model stays masked, without hooks.
+        Without it, FSDP2's model itself becomes small and stays sharded.
         """
         self._require_live("finalize")
-        if (into is None) != (self.plant.group is None):
+        sharded = self.plant.group is not None
+        if (into is None and sharded and not self.plant.shrinks) or (into is not None and not sharded):
             raise ValueError(
                 "into: sharded parameters keep their shapes; give finalize(into=model) a plain dense model "
                 "of the same class on every rank, which becomes the small one"

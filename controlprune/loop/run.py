@@ -125,7 +125,7 @@ class Run:
         """Ranks that hold a part of the parameters each decide together."""
         if self.plant.group is None:
             return
-        self.layouts.compiled = True  # its shapes never change
+        self.layouts.compiled |= not self.plant.shrinks  # its shapes never change
         self.replicas.join(self.plant.group, next(iter(self.plant.tensors().values())).device)
         self.replicas.mean([], together.fingerprint(self))
         if not self.replicas.agree:

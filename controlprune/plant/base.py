@@ -43,7 +43,7 @@ A channel's columns are parked with their values: its gate gradient is what it i
 class BasePlant(ABC):
     """The user's model and optimizer with any of its units switched off."""
 
-    shrinks: ClassVar[bool] = True  # has it a compact layout?
+    shrinks: bool = True  # has it a compact layout?
     packs: ClassVar[bool] = False  # are masks in files a bit a unit?
     parks: ClassVar[bool] = True  # is what is off kept, so that it can come back?
     model: nn.Module

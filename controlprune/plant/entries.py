@@ -116,7 +116,7 @@ class Place:
 class EntryPlant(BasePlant):
     """The user's model and optimizer with any single weights off. Group g is the parameter of its name."""
 
-    shrinks: ClassVar[bool] = False
+    shrinks: bool = False
     packs: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> None:

@@ -277,7 +277,9 @@ def _positions(
     others = {g: torch.ones_like(masks[g]) if g == group else masks[g] for g in groups_in(extent)}
     counted = (units >= 0) & keep(extent, others)
     here, gone = counted & live, counted & ~live
-    silent = (~heard(extent, spot.reads[dim], masks)).nonzero().flatten()
+    silent = units[:0]
+    if dim in spot.cuts:
+        silent = (~heard(extent, spot.reads[dim], masks)).nonzero().flatten()
     live_at = (here[live] if compact else here).nonzero().flatten()
     parked_at = gone[silent].nonzero().flatten()
     return [(live_at, units[here]), (parked_at, units[silent[parked_at]])]

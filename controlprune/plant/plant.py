@@ -100,7 +100,7 @@ class Plant(BasePlant):
         masks = checked(masks, self.structure)
         self.follow_tensors()
         tensors = self.tensors()
-        require_as_laid(self._spots, tensors, compact=self.compact)
+        self._require_as_laid()
         if compact:
             require_nothing_beside(self.optimizer)
         self._summed |= factored(self.optimizer)
@@ -160,8 +160,11 @@ class Plant(BasePlant):
 
     def recheck(self) -> None:
         """`Changed` unless the tensors are those that were left, or others of their names and shapes."""
-        require_as_laid(self._spots, self.tensors(), compact=self.compact)
+        self._require_as_laid()
         self.follow_tensors()
+
+    def _require_as_laid(self) -> None:
+        require_as_laid(self._spots, self.tensors(), compact=self.compact)
 
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""
@@ -315,7 +318,7 @@ class Plant(BasePlant):
         """Which positions of which reader tensors tell of which unit, worked out once per layout."""
         if self._gather is None:
             tensors = self.tensors()
-            require_as_laid(self._spots, tensors, compact=self.compact)
+            self._require_as_laid()
             self._seen = {spot.name: tensors[spot.name] for spot in self._spots}
             device = next((tensors[spot.name].device for spot in self._counted if spot.reads), None)
             self._gather = gather(self._counted, self.masks, self.compact, device)

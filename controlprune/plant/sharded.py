@@ -9,39 +9,53 @@ arithmetic on the local part, in place, with no communication. Of a sum over uni
 where a part that several ranks hold alike (HSDP, replicated norms) is counted by the lowest of them.
 Gradients are averaged over the data by then: n ranks of B examples see what one process with n·B would.
 
-Shapes stay: a physical shrink is refused (`Control(shrink=False)`); the small model is made of the gathered
-weights at the end. The trace is made before the parameters are sharded::
+**A shrink** stops the world: one tensor after the other is gathered, cut as one process cuts it, and laid out
+again under the same mesh (plant/fsdp.py), its optimizer state and gradient with it. No process ever holds
+more than one whole tensor. What is parked are the dense parts, where they were. Under tensor parallelism,
+shards along other dimensions than rows and offloading to the CPU, shapes stay (`Control(shrink=False)`).
+
+The trace is made before the parameters are sharded::
 
     traced = cp.trace(model, example_inputs)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    controller = cp.attach(model, optimizer, example_inputs=traced, policy=cp.Control(shrink=False), …)
+    controller = cp.attach(model, optimizer, example_inputs=traced, …)
     …
-    small = controller.finalize(into=Net())        on every rank; `Net()`: a plain dense one
+    controller.finalize()                          the same sharded model, small
+    small = controller.finalize(into=Net())        or gathered, on every rank; `Net()`: a plain dense one
 
-Known limits: tensors keep their shapes (masks only), so there are no looks; Adafactor and
-LBFGS, whose state is not laid out as the parameter is, are refused; what is parked is saved per rank, and
-goes back to as many ranks.
+A rank that dies meanwhile ends the others with an error of the collective: go on from the last checkpoint.
+`state_dict` is a collective; it is that of one process, and goes back to any number of ranks.
+
+Known limits: Adafactor and LBFGS, whose state is not laid out as the parameter is, are refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..structure.extents import Window
-from ..structure.groups import Structure
+from ..structure.caches import drop_caches
+from ..structure.extents import Window, keep
+from ..structure.groups import Structure, widths_of
+from ..structure.sizes import set_sizes
+from ..structure.standins import count_live
 from .base import named_tensors
+from .fsdp import managed, relay, reshapes, resharded, sharded_like
 from .hooks import Link
-from .layout import Spot
+from .layout import Index, Spot, Switch, at, cuts_of, move, put_, select
+from .masks import Masks, all_on, checked
+from .optimizer import require_nothing_beside
+from .parked import escaped, pack, parsed, unpack
+from .parts import LocalOptimizer, Windows, full, group_of, inside, local_gradient, part_of, piece, window_of
 from .plant import Plant, spots_of
 
 __all__ = ["ShardedPlant"]
@@ -50,7 +64,7 @@ REFUSED = (torch.optim.LBFGS, torch.optim.Adafactor)
 
 
 class ShardedPlant(Plant):
-    """A plant on the parts of the parameters that this rank holds; masked layout only."""
+    """A plant on the parts of the parameters that this rank holds."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
         if isinstance(optimizer, REFUSED):
@@ -58,17 +72,27 @@ class ShardedPlant(Plant):
                 f"optimizer: {type(optimizer).__name__} keeps state of another layout than the parameters', "
                 "which cannot be sharded with them; use SGD, Adam or AdamW"
             )
-        tensors = named_tensors(_resharded(model))
-        self._group = _group_of(tensors)
-        self._windows = {name: _window(tensor) for name, tensor in tensors.items()}
+        tensors = named_tensors(resharded(model))
+        self._group = group_of(tensors)
+        self._dense = self._windows = {name: window_of(tensor) for name, tensor in tensors.items()}
         self._wholes = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
-        self._parts = {name: _part(tensor) for name, tensor in tensors.items()}
-        view: Any = _LocalOptimizer(optimizer, {self._parts[n]: w for n, w in self._wholes.items()})
+        self._parts = {name: part_of(tensor) for name, tensor in tensors.items()}
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self._reshapes = reshapes(model)
+        self._keeper = optimizer
+        view: Any = LocalOptimizer(optimizer, {self._parts[n]: w for n, w in self._wholes.items()})
         self._mine: frozenset[str] = frozenset()
+        self._small: tuple[Spot, ...] = ()  # compact: the dense windows in which the parts here lie
+        self._absent: Tensor | None = None  # compact: norms of the units that are out of the tensors
         super().__init__(model, view, structure)
+        self._uncut = {spot.name: spot for spot in spots_of(structure)}
         self._mine = self._first_holder()
 
     # --- what of the model is here ---------------------------------------------------------------
+
+    @property
+    def shrinks(self) -> bool:  # type: ignore[override]
+        return self._reshapes
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -76,10 +100,6 @@ class ShardedPlant(Plant):
 
     def tensors(self) -> dict[str, Tensor]:
         return self._parts
-
-    @property
-    def place(self) -> str:
-        return f"rank {dist.get_rank(self._group)} of {dist.get_world_size(self._group)}"
 
     def own(self, name: str, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
@@ -89,24 +109,26 @@ class ShardedPlant(Plant):
         return tensor
 
     def _laid_on(self) -> tuple[Spot, ...]:
+        return self._within(self._dense)
+
+    def _within(self, windows: Mapping[str, Windows]) -> tuple[Spot, ...]:
+        """The spots, each a window of its dense tensor."""
         local = {
             name: tuple(
                 extent if length == total else Window(extent, start, length)
                 for extent, (start, length), total in zip(
-                    extents, self._windows[name], self._shape(name), strict=True
+                    extents, windows[name], self._shapes[name], strict=True
                 )
             )
             for name, extents in self.structure.tensors.items()
-            if name in self._windows and len(extents) == len(self._windows[name])
+            if name in windows and len(extents) == len(windows[name])
         }
         return spots_of(replace(self.structure, tensors=local))
 
-    def _shape(self, name: str) -> torch.Size:
-        return (self._wholes[name] if name in self._wholes else self._parts[name]).shape
-
     @property
     def _counted(self) -> tuple[Spot, ...]:
-        return tuple(spot for spot in self._spots if spot.name in self._mine)
+        spots = self._small if self.compact else self._spots
+        return tuple(spot for spot in spots if spot.name in self._mine)
 
     def _first_holder(self) -> frozenset[str]:
         """The tensors whose part here no lower rank holds too."""
@@ -127,14 +149,145 @@ class ShardedPlant(Plant):
     # --- masks -----------------------------------------------------------------------------------
 
     def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
-        if compact:
+        if compact and not self.shrinks:
             raise RuntimeError(
-                "shrink: sharded parameters keep their shapes; attach with policy=cp.Control(shrink=False); "
-                "get the small model at the end by controller.finalize(into=model), model a plain dense one"
+                "shrink: these sharded parameters keep their shapes; attach with policy=cp.Control(shrink="
+                "False); get the small model at the end by controller.finalize(into=model), model a plain "
+                "dense one"
             )
-        _resharded(self.model)
+        masks = checked(masks, self.structure)
+        if compact:
+            require_nothing_beside(self._keeper)
+        resharded(self.model)
         self._fetch_gradients()
-        super().apply(masks, compact=False)
+        compact = compact and not all(bool(mask.all()) for mask in masks)
+        if (
+            self.compact
+            and compact
+            and all(torch.equal(a, b) for a, b in zip(masks, self.masks, strict=True))
+        ):
+            return
+        with torch.no_grad():
+            if self.compact:
+                self._expand()
+            super().apply(masks, compact=False)
+            if compact:
+                self._shrink(masks)
+
+    def _shrink(self, masks: Masks) -> None:
+        """From the masked layout: whole tensors, cut, one after the other."""
+        self._absent = torch.cat(self.weight_norms())
+        super().apply(all_on(self.structure), compact=False)
+        known: dict = {}
+        for spot in self._spots:
+            whole, part = self._wholes.get(spot.name), self._parts[spot.name]
+            cuts = cuts_of(spot, masks, part.device, known)
+            if whole is None:
+                states = self._state(spot, part)
+                move(spot, part, self.optimizer, states, cuts, Switch(False, True, None), ExitStack())
+                continue
+            live = at(cuts_of(self._uncut[spot.name], masks, part.device, known), "live")
+            if not live:
+                continue
+            spot.cuts, spot.home = cuts, part.detach()
+            grad, entries = whole.grad, self._travelling(whole)
+            relay(managed(self.model)[id(whole)], select(full(whole), live))
+            whole.grad = None if grad is None else self._cut(grad, whole, live)
+            for key, entry in entries.items():
+                spot.state_home[key] = entry.to_local()
+                self._keeper.state[whole][key] = self._cut(entry, whole, live)
+        self._laid(masks, compact=True)
+
+    def _expand(self) -> None:
+        """From the compact layout: dense, with every unit on."""
+        masks, known = self.masks, {}
+        for spot in self._spots:
+            whole, part = self._wholes.get(spot.name), self._parts[spot.name]
+            if whole is None:
+                states = self._state(spot, part)
+                move(spot, part, self.optimizer, states, {}, Switch(True, False, None), ExitStack())
+            elif spot.home is not None:
+                live = at(cuts_of(self._uncut[spot.name], masks, part.device, known), "live")
+                here = at(spot.cuts, "live")
+                window = {
+                    d: inside(live[d], *pair) if d in live else pair
+                    for d, pair in enumerate(self._dense[spot.name])
+                }
+                grad, entries = whole.grad, self._travelling(whole)
+                homes = {
+                    key: put_(self._home(spot, key), here, piece(x, window)) for key, x in entries.items()
+                }
+                back = (
+                    put_(torch.zeros_like(spot.home), here, piece(grad, window)) if grad is not None else None
+                )
+                dense = self._joined(put_(spot.home, here, piece(whole, window)), whole, spot.name)
+                relay(managed(self.model)[id(whole)], dense)
+                for key, home in homes.items():
+                    self._keeper.state[whole][key] = sharded_like(whole, home)
+                whole.grad = None if back is None else sharded_like(whole, back)
+                spot.cuts, spot.home, spot.state_home = {}, None, {}
+        self._laid(all_on(self.structure), compact=False)
+
+    def _laid(self, masks: Masks, *, compact: bool) -> None:
+        """All tensors have their new sizes: so has what is known of them."""
+        widths = widths_of(masks) if compact else self.structure.sizes
+        set_sizes(self.model, self.structure, widths)
+        count_live(self.model, self.structure.norms, None)
+        drop_caches(self.model)
+        tensors = named_tensors(self.model)
+        self._parts = {name: part_of(tensor) for name, tensor in tensors.items()}
+        self._windows = {name: window_of(tensor) for name, tensor in tensors.items()}
+        self._small = self._within({n: self._spans(n, masks) for n in tensors}) if compact else ()
+        view: Any = self.optimizer
+        view.state.wholes = {self._parts[n]: w for n, w in self._wholes.items()}
+        self._set(masks, compact, self._parts)
+        self._mine = self._first_holder()
+        self._fetch_gradients()
+
+    def _spans(self, name: str, masks: Masks) -> Windows:
+        """The dense positions that exactly hold the live ones here, per dimension."""
+        spot, found = self._uncut.get(name), []
+        for d, (start, length) in enumerate(self._windows[name]):
+            total = self._shapes[name][d]
+            live = None if spot is None else keep(spot.extents[d], masks).nonzero().flatten()
+            if live is None or length == len(live):
+                found.append((0, total) if live is not None else (start, length))
+            elif length == 0:
+                found.append((0, 0))
+            else:
+                first, last = int(live[start]), int(live[start + length - 1])
+                found.append((first, last + 1 - first))
+        return tuple(found)
+
+    def _require_as_laid(self) -> None:
+        if not self.compact:
+            super()._require_as_laid()
+
+    def _travelling(self, whole: DTensor) -> dict[str, DTensor]:
+        """The optimizer's state of the parameter's own shape."""
+        entries = self._keeper.state.get(whole, {})
+        return {k: x for k, x in entries.items() if isinstance(x, DTensor) and x.shape == whole.shape}
+
+    def _cut(self, tensor: Tensor, whole: DTensor, live: Index) -> DTensor:
+        """Live entries of a tensor that lay as `whole` did, as it lies now."""
+        small = select(full(tensor), live)
+        for dim, (start, length) in enumerate(window_of(whole)):
+            small = small.narrow(dim, start, length)
+        return sharded_like(whole, small.clone(memory_format=torch.contiguous_format))
+
+    def _home(self, spot: Spot, key: str) -> Tensor:
+        """Of state that appeared while units were away: zero for them."""
+        assert spot.home is not None
+        return spot.state_home[key] if key in spot.state_home else torch.zeros_like(spot.home)
+
+    def _joined(self, part: Tensor, whole: DTensor, name: str) -> Tensor:
+        """The dense tensor of which every rank holds `part`."""
+        shape = self._shapes[name]
+        stride = torch.empty(shape, device="meta").stride()
+        joined = DTensor.from_local(
+            part, whole.device_mesh, whole.placements, run_check=False, shape=shape, stride=stride
+        )
+        return full(joined)
 
     def harden(self) -> None:
         """Masked for good: what is parked is dropped, no hook is left."""
@@ -191,8 +344,10 @@ class ShardedPlant(Plant):
         return self._summed_over_ranks(super().gate_gradient(only))
 
     def weight_norms(self) -> list[Tensor]:
-        found = torch.cat(super().weight_norms())
-        return list(self._summed_over_ranks(found).split(self.structure.sizes))
+        found = self._summed_over_ranks(torch.cat(super().weight_norms()))
+        if self.compact and self._absent is not None:
+            found = torch.where(torch.cat(self.masks).to(found.device), found, self._absent)
+        return list(found.split(self.structure.sizes))
 
     def _summed_over_ranks(self, values: Tensor) -> Tensor:
         values = values.to(self._device, copy=True)
@@ -206,99 +361,60 @@ class ShardedPlant(Plant):
     def _fetch(self, name: str) -> None:
         """The part of `whole.grad` as the gradient of the part: the same memory."""
         whole, part = self._wholes[name], self._parts[name]
-        part.grad = None if whole.grad is None else _local_gradient(whole)
+        part.grad = None if whole.grad is None else local_gradient(whole)
 
     # --- saved -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {"rank": self._place()}
+        """That of one process; a collective, one tensor after the other, kept on the CPU."""
+        found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
+        found["compact"] = torch.tensor(self.compact)
+        known: dict = {}
+        for spot in self._spots:
+            one = replace(self._uncut[spot.name])
+            one.cuts = cuts_of(one, self.masks, torch.device("cpu"), known)
+            if not one.cuts:
+                continue
+            one.home = self._gathered_home(spot, spot.home)
+            whole = self._wholes.get(spot.name)
+            keys = spot.state_home if whole is None else self._travelling(whole)
+            one.state_home = {key: self._gathered_home(spot, spot.state_home.get(key)) for key in keys}
+            found |= {f"parked/{escaped(spot.name)}/{key}": value for key, value in pack(one).items()}
+        return found
+
+    def _gathered_home(self, spot: Spot, home: Tensor | None) -> Tensor:
+        whole = self._wholes.get(spot.name)
+        if whole is None:
+            assert home is not None
+            return home.cpu()
+        if home is None:
+            home = torch.zeros([length for _, length in self._dense[spot.name]], dtype=whole.dtype)
+        return self._joined(home.to(self._device), whole, spot.name).cpu()
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        place = saved.get("rank")
-        if not isinstance(place, Tensor) or place.tolist() != self._place().tolist():
-            raise ValueError(f"saved: it is not of {self.place}; give each rank what it saved")
-        super().load_state_dict({key: value for key, value in saved.items() if key != "rank"})
+        """Every rank takes its part."""
+        saved = dict(saved)
+        masks, packed = parsed(saved, self.structure, tuple(self._uncut.values()))
+        self.apply(masks, compact=bool(saved["compact"]))
+        known: dict = {}
+        with torch.no_grad():
+            for spot in self._spots:
+                one = replace(self._uncut[spot.name])
+                one.cuts = cuts_of(one, masks, torch.device("cpu"), known)
+                if not packed[spot.name] or spot.home is None:
+                    continue
+                one.home = torch.zeros(one.shape, dtype=spot.home.dtype)
+                one.state_home = {}
+                unpack(one, packed[spot.name], torch.device("cpu"))
+                spot.home.copy_(self._mine_of(spot, one.home))
+                spot.state_home = {
+                    key: self._mine_of(spot, home).to(spot.home.device, copy=True)
+                    for key, home in one.state_home.items()
+                }
+        self._unhook()
+        self._hook(self._parts)
 
-    def _place(self) -> Tensor:
-        return torch.tensor([dist.get_rank(self._group), dist.get_world_size(self._group)])
-
-
-class _LocalState(Mapping[Tensor, dict[str, Any]]):
-    """The optimizer's state of each part: views of what it keeps of the whole."""
-
-    def __init__(self, optimizer: Optimizer, wholes: Mapping[Tensor, DTensor]) -> None:
-        self.optimizer, self.wholes = optimizer, wholes
-
-    def __getitem__(self, part: Any) -> dict[str, Any]:
-        entries = self.optimizer.state[self.wholes.get(part, part)]
-        return {key: x.to_local() if isinstance(x, DTensor) else x for key, x in entries.items()}
-
-    def __iter__(self) -> Iterator[Tensor]:
-        parts: dict[Any, Tensor] = {whole: part for part, whole in self.wholes.items()}
-        return (parts.get(p, p) for p in self.optimizer.state)
-
-    def __len__(self) -> int:
-        return len(self.optimizer.state)
-
-    def __contains__(self, part: Any) -> bool:
-        return self.wholes.get(part, part) in self.optimizer.state
-
-
-class _LocalOptimizer:
-    """What the plant needs of an optimizer, on the parts."""
-
-    def __init__(self, optimizer: Optimizer, wholes: Mapping[Tensor, DTensor]) -> None:
-        self.state = _LocalState(optimizer, wholes)
-        self.register_step_pre_hook = optimizer.register_step_pre_hook
-        self.register_step_post_hook = optimizer.register_step_post_hook
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """A plain tensor over the local memory."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        local = tensor.to_local().detach()
-    return nn.Parameter(local, requires_grad=tensor.requires_grad)
-
-
-def _local_gradient(whole: DTensor) -> Tensor:
-    gradient = whole.grad
-    assert isinstance(gradient, DTensor)
-    if gradient.placements != whole.placements:
-        raise ValueError(
-            f"model: a gradient lies as {gradient.placements}, its parameter as {whole.placements}; give "
-            "both the same placements"
-        )
-    return gradient.to_local()
-
-
-def _window(tensor: Tensor) -> tuple[tuple[int, int], ...]:
-    """(start, length) per dimension of what this rank holds."""
-    if not isinstance(tensor, DTensor):
-        return tuple((0, n) for n in tensor.shape)
-    (chunk,) = tensor.__create_chunk_list__()
-    return tuple(zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-def _group_of(tensors: Mapping[str, Tensor]) -> dist.ProcessGroup:
-    """The processes over which the parameters are spread."""
-    meshes = [tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)]
-    mesh = max(meshes, key=lambda mesh: mesh.size())
-    if mesh.size() == dist.get_world_size():
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    raise ValueError(
-        f"model: its device mesh holds {mesh.size()} of {dist.get_world_size()} processes in {mesh.ndim} "
-        "dimensions; give one over all processes, or one of one dimension"
-    )
-
-
-def _resharded(model: nn.Module) -> nn.Module:
-    """With its sharded parameters in place, not the gathered ones that an evaluation leaves."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return model
+    def _mine_of(self, spot: Spot, dense: Tensor) -> Tensor:
+        for dim, (start, length) in enumerate(self._dense[spot.name]):
+            dense = dense.narrow(dim, start, length)
+        return dense
