@@ -1,4 +1,4 @@
-"""Parts of DTensors: what this process holds of a sharded tensor, of its gradient and of its optimizer state."""
+"""Parts of DTensors: what this process holds of one, of its gradient and of its optimizer state."""
 
 from __future__ import annotations
 
