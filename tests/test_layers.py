@@ -66,7 +66,7 @@ def test_there_are_no_import_cycles() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("torch.distributed", {"loop.replicas", "plant.sharded"}),
+        ("torch.distributed", {"loop.replicas", "plant.sharded", "plant.fsdp", "plant.parts"}),
         ("matplotlib", {"app.plots", "app.hankel_plot"}),
         ("sklearn", {"app.tasks"}),
         ("datasets", {"app.tasks"}),
