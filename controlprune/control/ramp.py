@@ -57,10 +57,10 @@ class Plan:
     the cut waits; inf never waits. `update` is called once per controller update, with τ not falling.
     """
 
-    earliest: float = 0.03
-    latest: float = 0.15
-    deadline: float = 0.5
-    duration: float = 0.1
+    earliest: float = 0.0
+    latest: float = 0.0
+    deadline: float = 0.3
+    duration: float = 0.3
     flat: float = 0.05
     agreement: float = 0.5
     tolerance: float = 0.5

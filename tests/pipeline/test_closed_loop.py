@@ -265,7 +265,9 @@ class Eager:
         def astray(found: Measurement) -> Measurement:
             left = 1.0 - (loop.updates + 1) * loop.update_every / problem.total_steps
             ahead = found.spent + problem.fraction(found.resource, found.widths) * left
-            return replace(found, limit=2 * found.limit - ahead) if loop.reference.level == 0.0 else found
+            looking = found.widths == problem.structure.sizes  # dense for two steps: no way to go on
+            known = loop.reference.level == 0.0 and not looking
+            return replace(found, limit=2 * found.limit - ahead) if known else found
 
         def eager(seen: Observation) -> Decision | None:
             return decide(replace(seen, measurements=tuple(map(astray, seen.measurements))))

@@ -7,6 +7,7 @@ hidden units then serve what nobody asks for any more, and their weights are as 
 from __future__ import annotations
 
 from functools import cache
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +49,8 @@ def _pretrained() -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if not name.startswith("4.")}
 
 
-def _tuned(seed: int, *, pretrained: bool = True, by_norm: bool = False) -> float:
-    """Accuracy in per cent after fine-tuning under the budget; `by_norm`: cut before."""
+def _tuned(seed: int, *, pretrained: bool = True, policy: cp.Policy | None = None) -> float:
+    """Accuracy in per cent after fine-tuning under the budget; a blank net is cut before."""
     torch.manual_seed(seed)
     model = _net(10)
     if pretrained:
@@ -57,9 +58,10 @@ def _tuned(seed: int, *, pretrained: bool = True, by_norm: bool = False) -> floa
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x, y = _pairs(load("digits").train, 1500, seed)
     controller = cp.attach(
-        model, optimizer, budget=cp.Budget(flops=BUDGET), example_inputs=(x[:8],), total_steps=STEPS
-    )
-    if by_norm or not pretrained:
+        model, optimizer, budget=cp.Budget(flops=BUDGET), example_inputs=(x[:8],), total_steps=STEPS,
+        policy=policy,
+    )  # fmt: skip
+    if not pretrained:
         _cut_at_once(controller, model)
         controller = None
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +93,7 @@ def _cut_at_once(controller: cp.Controller, model: nn.Sequential) -> None:
 
 def test_the_default_keeps_of_a_pretrained_net_what_the_new_task_needs() -> None:
     default = [_tuned(seed) for seed in SEEDS]
-    by_norm = [_tuned(seed, by_norm=True) for seed in SEEDS]
+    by_norm = [_tuned(seed, policy=cp.Control(value=lambda known: known.weight)) for seed in SEEDS]
     blank = [_tuned(seed, pretrained=False) for seed in SEEDS]
-    assert sum(default) / len(default) > sum(by_norm) / len(by_norm) + 1.0
-    assert sum(default) / len(default) > sum(blank) / len(blank) + 2.0
+    assert mean(default) > mean(by_norm) + 2.0  # 89.9 and 85.0: the same plan, only the order differs
+    assert mean(default) > mean(blank) + 2.0

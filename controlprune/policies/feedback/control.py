@@ -19,9 +19,8 @@ Which units stay, and how many of each group, is one question: those of most wor
 together, near uniform where nothing tells the units of a group apart (saliency/worth.py). At the budget few
 units move at a time (allocate/limits.py).
 
-The cut is made in stages. After the first, the units just switched off stay in the tensors for one update,
-masked, where they are observed for free and may come back; then the net shrinks, provided the time saved
-over the steps that are left outweighs the copying, and stays compact through the later stages. At the
+The cut is made in stages. The net shrinks at the first one after which the time saved over the steps that are
+left outweighs the copying, and stays compact through the later ones. At the
 budget the masks are revised now and then: width moves to where it is worth most, and units return. A unit
 that is out of the tensors shows no gradient, so a revision begins with a look: the net is laid out masked
 for the next `LOOK` steps of the user's training, every gate is observed at no extra forward, then it is
@@ -79,16 +78,14 @@ class Control(Policy):
     and not the limit, set by `regulator`, "auto" or a `PI`.
     """
 
-    plan: Plan | Horizon = field(
-        default_factory=lambda: Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)
-    )
+    plan: Plan | Horizon = field(default_factory=Plan)
     regulator: Regulator = "auto"
     observer: Observer = field(default_factory=Observer)
     invert: bool = True
     learned: bool = False
     value: Callable[[Statistics], Tensor] | None = None
     start: float | Literal["budget"] | None = None
-    stages: int = 6
+    stages: int = 3
     update_every: int | None = None
     observe_every: int | None = None
     revise_every: int = 7
@@ -142,7 +139,6 @@ class ControlLoop(Policy):
         self.random = torch.Generator().manual_seed(problem.seed)
         self.updates = 0
         self.retargeted = False  # did the user change the budget?
-        self.watching = False  # units switched off at the last update are still in the tensors
         self.revised_at = 0  # the update of the last revision
         self.looks_until = 0  # the step that ends a look; 0: there is none
 
@@ -252,7 +248,7 @@ class ControlLoop(Policy):
         revises = looked or self._revises(observation)
         if revises and compact and not moved:
             return self._look(observation, asked)
-        if not (revises or self.watching or moved or always):
+        if not (revises or moved or always):
             return self._hold(step, masks, compact, asked)
         if revises:
             self.revised_at = self.updates
@@ -330,13 +326,8 @@ class ControlLoop(Policy):
         solution: Solution,
     ) -> Decision:
         masks = tuple(torch.from_numpy(np.array(m)) for m in solution.masks)
-        was, now = torch.cat(before), torch.cat(masks)
-        self.units.decided(was, now)
-        news = bool((was & ~now).any())
-        settled = self.watching or not news  # they have had their update under observation, or there are none
-        shrinks = self.control.shrink and (compact or (settled and self._pays(step, solution.widths)))
-        self.watching = news and not shrinks and not self.watching
-        return Decision(masks, shrinks, reference, self._price())
+        self.units.decided(torch.cat(before), torch.cat(masks))
+        return self._hold(step, masks, compact, reference)
 
     def _regulate(self, asked: Mapping[str, float], solution: Solution, *, exact: bool) -> None:
         """The price of each resource: tracks the shadow price where a limit binds, or acts on y − r."""
@@ -380,7 +371,7 @@ class ControlLoop(Policy):
         self.random.set_state(state["random"])
 
 
-_PLAIN = ("retargeted", "updates", "watching", "revised_at", "looks_until")
+_PLAIN = ("retargeted", "updates", "revised_at", "looks_until")
 
 
 def _is_fraction(value: object) -> bool:

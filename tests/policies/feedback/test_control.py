@@ -59,7 +59,7 @@ def answer(
     final: bool = False,
 ) -> Decision:
     norms = torch.ones(sum(SIZES)) if norms is None else norms
-    decision = loop.decide(Observation(step, 1.0, None, norms, masks, compact, final=final))
+    decision = loop.decide(Observation(step, 1.0, norms=norms, masks=masks, compact=compact, final=final))
     assert decision is not None
     return decision
 
