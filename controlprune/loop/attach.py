@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from ..budget import GAUGED, MEASURED, Budget, Price, require_budget
@@ -38,6 +37,7 @@ from ..structure.record import batch_size
 from ..structure.surroundings import plainly
 from ..structure.traced import Traced
 from .controller import Controller
+from .plain_model import require_plain_model
 from .replicas import several, unwrapped
 from .run import Run, require_unattached
 from .telling import Progress
@@ -214,27 +214,8 @@ def _named(budget: Budget | Price) -> list[str]:
     return [*budget.targets(), *budget.prices()]
 
 
-def _check_arguments(model: object, budget: object, total_steps: object, policy: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={type(model).__name__}: give a torch.nn.Module")
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError("model: torch.compile has already wrapped it; attach first, then compile")
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
-    if lazy:
-        raise ValueError(
-            f"model: its parameter {lazy[0]!r} has no shape yet (a lazy module); run one forward pass first, "
-            "and give the optimizer the parameters that it made"
-        )
-    if any(p.is_inference() for p in model.parameters()):
-        raise ValueError(
-            "model: it was made in torch.inference_mode(), so nothing of it can be trained; make it outside"
-        )
-    absent = [name for name, p in model.named_parameters() if p.device.type == "meta"]
-    if absent:
-        raise ValueError(
-            f"model: its parameter {absent[0]!r} is on the meta device and has no values; load or initialise "
-            "it first. A trace needs none: controlprune.trace(model, inputs)"
-        )
+def _check_arguments(model: Any, budget: object, total_steps: object, policy: object) -> None:
+    require_plain_model(model)
     require_budget(budget)
     require_steps(total_steps)
     if not callable(getattr(policy, "begin", None)):

@@ -235,6 +235,13 @@ def test_a_model_without_values_is_refused_by_name() -> None:
         cp.attach(model, adam(model), **OPTIONS)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused_by_name() -> None:
+    model = torch.jit.script(mlp())
+    with pytest.raises(ValueError, match=r"model: torch\.jit\.script made it; attach to the plain module"):
+        cp.attach(model, adam(model), **OPTIONS)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_another_default_number_type(compact: bool) -> None:
     before = torch.get_default_dtype()
