@@ -1,4 +1,4 @@
-"""What `attach` takes for a model: a plain module with values, not yet compiled, scripted or made for inference."""
+"""What `attach` takes for a model: a plain module with values, not compiled, not scripted."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def require_plain_model(model: object) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise ValueError(
-                f"model: its parameter {name!r} has no shape yet (a lazy module); run one forward pass first, "
-                "and give the optimizer the parameters that it made"
+                f"model: its parameter {name!r} has no shape yet (a lazy module); run one forward pass "
+                "first, and give the optimizer the parameters that it made"
             )
         if parameter.is_inference():
             raise ValueError(
-                "model: it was made in torch.inference_mode(), so nothing of it can be trained; make it outside"
+                "model: it was made in torch.inference_mode(), so nothing of it can be trained; make it "
+                "outside"
             )
         if parameter.device.type == "meta":
             raise ValueError(
