@@ -45,7 +45,7 @@ class Moments:
 
 
 def start_moments(units: int) -> Moments:
-    zero = torch.zeros(units)
+    zero = torch.zeros(units, dtype=torch.float32)
     return Moments(zero, zero.clone(), torch.zeros(units, dtype=torch.int16))
 
 
@@ -56,7 +56,7 @@ def observe(moments: Moments, gradient: Tensor, decay: float) -> Moments:
         rate = 1.0 - decay
         first, second = moments.first.lerp(gradient, rate), moments.second.lerp(gradient.square(), rate)
         return Moments(first, second, (moments.count + 1).clamp_max(MANY))
-    rate = torch.where(seen, 1.0 - decay, 0.0)
+    rate = seen.to(gradient.dtype) * (1.0 - decay)
     g = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
     return Moments(
         moments.first + rate * (g - moments.first),
