@@ -34,10 +34,13 @@ UPDATES = 60  # decisions in a run, where a policy does not say when
 
 @dataclass(frozen=True)
 class Wants:
-    """What is needed of one step: its `gradients` to be read, a `decision` to be asked for after it."""
+    """What is needed of one step: its `gradients` to be read, a `decision` to be asked for after it.
+
+    `kind`: what of a weight's gradient, where units are weights (plant/base.py).
+    """
 
     gradients: bool = False
-    kind: Kind = "gate"  # what of a weight's gradient, where units are weights (plant/base.py)
+    kind: Kind = "gate"
     decision: bool = False
 
 

@@ -54,7 +54,7 @@ class Gradual(Rule):
     """`start`, `end`: shares of the run between which units go.
 
     `by`: what ranks them, the "norm" of their readers or its growth, "movement". `update_every`: steps.
-    `shrink=False`: masks only.
+    `shrink=False`: masks only. `layers`: "uniform" or "erk" densities, of single weights.
     """
 
     start: float = 0.1

@@ -22,7 +22,8 @@ __all__ = ["Magnitude"]
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitude(Rule):
-    """`at`: the share of the run after which units are cut. `shrink=False`: masks only."""
+    """`at`: the share of the run after which units are cut. `shrink=False`: masks only. `layers`: "uniform"
+    or "erk" densities, of single weights."""
 
     at: float = 0.5
 

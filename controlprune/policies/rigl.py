@@ -38,7 +38,8 @@ def cosine(drop: float, progress: float, until: float) -> float:
 class RigL(Rule):
     """`drop`: α. `until`: T_end as a share of the run. `look`: steps that gradients are summed over.
 
-    `update_every`: ΔT in steps; None lets the horizon decide. `shrink=False`: masks only.
+    `update_every`: ΔT in steps; None lets the horizon decide. `shrink=False`: masks only. `layers`:
+    "uniform" or "erk" densities, of single weights.
     """
 
     drop: float = 0.3

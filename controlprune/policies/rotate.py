@@ -35,7 +35,7 @@ class Rotation(Rule):
     """`active`: n_g/N_g. `period`: steps. `turn`: the share of the live units that leave at once.
 
     `final`: what `finalize` gives, the whole net ("dense") or the live one ("small"). `shrink=False`: masks
-    only.
+    only. `layers`: "uniform" or "erk" densities, of single weights.
     """
 
     active: float = 0.2

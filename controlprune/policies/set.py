@@ -34,7 +34,7 @@ def regrow(norm: Tensor, on: Tensor, gain: Tensor, width: int, drop: int) -> Ten
 class SET(Rule):
     """`drop`: ζ. `until`: the share of the run after which masks hold. `update_every`: steps.
 
-    `shrink=False`: masks only.
+    `shrink=False`: masks only. `layers`: "uniform" or "erk" densities, of single weights.
     """
 
     drop: float = 0.3

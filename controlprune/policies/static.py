@@ -24,7 +24,7 @@ __all__ = ["Static"]
 @dataclass(frozen=True, kw_only=True)
 class Static(Rule):
     """`by`: which units stay, "random" ones or those of most |∂L/∂g| at first ("snip", over `batches` steps).
-    `shrink=False`: masks only.
+    `shrink=False`: masks only. `layers`: "uniform" or "erk" densities, of single weights.
     """
 
     by: Literal["random", "snip"] = "random"

@@ -84,14 +84,14 @@ class Trial:
     def run(self, masks: Sequence[Tensor], *, trains: bool = False) -> Failure | None:
         """None where masked and shrunk agree (`trains`: and the shrunk model runs in training mode too)."""
         with untouched(self.model, weights=False):  # what a run leaves behind (caches) must not matter
-            self.model.eval()
             self._elsewhere.clear()
             try:
-                shrunk = self._shrunk(self._values, self.example_inputs, masks)
                 if trains:
-                    self.model.train()
-                    self._shrunk(self._values, self.example_inputs, masks)
-                    self.model.eval()
+                    with untouched(self.model, weights=False):  # the next pass is a first one too, as traced
+                        self.model.train()
+                        self._shrunk(self._values, self.example_inputs, masks)
+                self.model.eval()
+                shrunk = self._shrunk(self._values, self.example_inputs, masks)
                 masked = self._masked(self._values, self.example_inputs, masks)
             except Exception as error:
                 return _told(error, self.model)

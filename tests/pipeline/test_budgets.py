@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import controlprune as cp
 from controlprune.cost.flops import flops
 from controlprune.cost.forward_time import Reading
+from controlprune.granularity.channels import Channels
 from controlprune.structure import analyse
 
 
@@ -162,7 +163,8 @@ def test_a_latency_is_modelled_on_what_is_deployed() -> None:
     """The work of each operator is that of the deploy inputs, not the examples'."""
     model = Mixing()
     structure = analyse(model, (torch.zeros(2, 3, 4),))
-    seen = sys.modules["controlprune.loop.attach"]._deployed(structure, model, (torch.zeros(1, 30, 4),), ())
+    deployed = sys.modules["controlprune.loop.attach"]._deployed
+    seen = deployed(Channels(), structure, model, (torch.zeros(1, 30, 4),), ())
     assert flops(structure).value((16, 8)) == 2 * (2 * 3 * 4 * 16 + 2 * 16 * 8 + 2 * 8 * 2)
     assert flops(seen).value((16, 8)) == 2 * (30 * 4 * 16 + 16 * 8 + 8 * 2)
     assert seen.groups == structure.groups
