@@ -126,7 +126,7 @@ class Structure:
     norms: tuple[LiveNorm, ...] = ()
     entries: Mapping[str, Extent] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()  # what the model's code asks about widths
-    asked: frozenset[Place] = frozenset()  # where it asks about any sizes
+    asked: Mapping[Place, int] = field(default_factory=dict)  # where, and how often in a pass
     forwards: int = 0  # of the model, that the traces and the check took
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 

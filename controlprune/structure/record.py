@@ -174,7 +174,7 @@ def input_tensors(value: Any) -> list[Tensor]:
 
 def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
     """One forward pass on the tape (in the model's present mode); returns the model's output."""
-    example_inputs = copied(example_inputs)
+    example_inputs, asked = copied(example_inputs), []
     for tensor in input_tensors(example_inputs):
         if not tape.owned(tensor):
             tape.set(tensor, fresh(tensor.shape, "an input of the model"), weight=False)
@@ -183,11 +183,12 @@ def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
         reference_kernels(tape.model),
         module_names(tape),
         traced_attributes(tape.model),
-        listening(tape.questions.append),
+        listening(asked.append),
         Recorder(tape),
         SizeWatcher(tape),
     ):
         output = call_model(tape.model, example_inputs)
+    tape.asks(asked)
     tape.where = ""
     for tensor in output_tensors(output):
         tape.pin_dims(tape.entry(tensor).dims, "an output of the model")

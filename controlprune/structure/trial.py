@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from .tape.reading import SizeReader
 from .tape.seen import Question, listening
 from .untouched import seed_all, untouched
 
-__all__ = ["DIFFERS", "Failure", "Trial"]
+__all__ = ["DIFFERS", "FIXED", "Failure", "Trial"]
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 NOISE = 32.0  # times what rounding the weights once does: rounding goes on in every layer
@@ -75,7 +76,7 @@ class Trial:
     seed: int
     forwards: int = 0
     _values: dict[str, Tensor] = field(default_factory=dict)
-    _elsewhere: dict[str, None] = field(default_factory=dict)  # lines that ask about sizes only when shrunk
+    _elsewhere: list[str] = field(default_factory=list)  # lines that ask (more) about sizes only when shrunk
     _doubles: bool | None = None  # does the model run in float64? None: not tried
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class Trial:
             except Exception as error:
                 return _told(error, self.model)
             if self._elsewhere:
-                return Failure(f"{ELSEWHERE}: {next(iter(self._elsewhere))}")
+                return Failure(f"{ELSEWHERE}: {self._elsewhere[0]}")
             if _agree(masked, shrunk) or self._is_rounding(masked, shrunk, masks):
                 return None
             return Failure(DIFFERS)
@@ -135,13 +136,12 @@ class Trial:
     ) -> list[Tensor]:
         live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in values.items()}
         widths = [int(mask.sum()) for mask in masks]
-        with listening(self._hear), traced_attributes(self.model), SizeReader():
-            return self._forward(live, inputs, widths)
-
-    def _hear(self, question: Question) -> None:
-        """Of a path that no trace took, what it asks about is not known."""
-        if question.place not in self.structure.asked:
-            self._elsewhere[question.line] = None
+        asked: list[Question] = []
+        with listening(asked.append), traced_attributes(self.model), SizeReader():
+            outputs = self._forward(live, inputs, widths)
+        more = Counter(question.place for question in asked) - Counter(self.structure.asked)
+        self._elsewhere += [question.line for question in asked if question.place in more]
+        return outputs
 
     def _masked(
         self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]

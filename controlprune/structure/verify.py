@@ -22,7 +22,7 @@ from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, s
 from .groups import Refusal, Slice, Structure, Work, widths_of
 from .guards import Guard, Quantity, Reckoned, Unprovable, groups_of, unseen
 from .record import ExampleInputs
-from .trial import DIFFERS, Failure, Trial
+from .trial import DIFFERS, FIXED, Failure, Trial
 
 __all__ = ["verify", "without"]
 
@@ -141,7 +141,12 @@ class _Check:
     def _alone(self, draw: int, accepted: list[int], number: int, failure: Failure) -> list[int]:
         """Refuse the group, unless it fails only at widths that are no multiple of ALIGNED."""
         n = self.structure.groups[number].size
-        if failure.reason != DIFFERS and n % ALIGNED == 0 and n > ALIGNED and number not in self.multiples:
+        if (
+            failure.reason.startswith(FIXED)
+            and n % ALIGNED == 0
+            and n > ALIGNED
+            and number not in self.multiples
+        ):
             self.multiples[number] = ALIGNED
             if self.failure(draw, [*accepted, number]) is None:
                 return [*accepted, number]

@@ -23,13 +23,14 @@ PATTERNS = 120  # width patterns tried of a model
 
 def worst(model: nn.Module, x: Tensor, structure: Structure) -> float:
     """Largest difference of masked and shrunk outputs over all width patterns, or many of them."""
-    patterns = list(itertools.product(*(range(1, n + 1) for n in structure.sizes)))
+    rungs = [range(group.multiple, group.size + 1, group.multiple) for group in structure.groups]
+    patterns = list(itertools.product(*rungs))
     random = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(patterns), generator=random)[:PATTERNS].tolist()
     lone = [
         tuple(width if g == group else n for g, n in enumerate(structure.sizes))
-        for group, size in enumerate(structure.sizes)
-        for width in range(1, size + 1)
+        for group, widths in enumerate(rungs)
+        for width in widths
     ]
     gap = 0.0
     for widths in [*(patterns[k] for k in chosen), *lone] if structure.groups else []:

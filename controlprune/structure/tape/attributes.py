@@ -129,9 +129,9 @@ class SizeWatcher(SizeReader):
         super().__init__()
         self.tape = tape
 
-    def terms_of(self, tensor: Tensor) -> Sequence[Term] | None:
+    def terms_of(self, tensor: Tensor) -> Sequence[Term]:
         axes = self.tape.axes_of(tensor)
-        return None if axes is None else [Size(axis) for axis in axes]
+        return super().terms_of(tensor) if axes is None else [Size(axis) for axis in axes]
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not has_seen((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):

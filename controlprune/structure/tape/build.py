@@ -175,7 +175,7 @@ def _structure(
         aliases=dict(tape.aliases),
         norms=norms,
         guards=_guards(tape, numbers),
-        asked=frozenset(question.place for question in tape.questions),
+        asked=dict(tape.asked),
     )
 
 

@@ -20,8 +20,8 @@ READS = (Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__)  # typ
 class SizeReader(TorchFunctionMode):
     """Inside, sizes that are read are followed; torch's functions get plain ones."""
 
-    def terms_of(self, tensor: Tensor) -> Sequence[Term] | None:
-        """What its sizes are; None: nothing that has to be followed."""
+    def terms_of(self, tensor: Tensor) -> Sequence[Term]:
+        """What its sizes are."""
         return list(tensor.shape)
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -33,8 +33,6 @@ class SizeReader(TorchFunctionMode):
         if func not in READS:
             return self.called(func, args, kwargs)
         read, terms = func(*args, **kwargs), self.terms_of(args[0])
-        if terms is None:
-            return read
         sizes = [SeenInt(n, term) for n, term in zip(args[0].shape, terms, strict=True)]
         if isinstance(read, torch.Size):
             return torch.Size(sizes)

@@ -11,6 +11,7 @@ the parameter dimensions it is a plain view of. Zero index i of a source and the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..formula import Formula
+from ..guards import Place
 from ..tape import axes
 from .axes import Axis, Misfit
 from .seen import Question
@@ -135,6 +137,7 @@ class Tape:
     norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
     counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
     questions: list[Question] = field(default_factory=list)  # what the model's code asked about sizes
+    asked: Counter[Place] = field(default_factory=Counter)  # where, and how often in one pass
     given: bool = False  # the bounds of the slice that is taken are numbers that modules keep
     where: str = ""
     counting: bool = True
@@ -182,6 +185,11 @@ class Tape:
         entry = Entry([Dim(Axis(length, reason)) for length in tensor.shape], weight=True)
         self._entries[tensor] = entry
         return entry
+
+    def asks(self, questions: Sequence[Question]) -> None:
+        """What was asked in one pass."""
+        self.questions += questions
+        self.asked |= Counter(question.place for question in questions)
 
     def axes_of(self, tensor: Tensor) -> list[Axis] | None:
         """Its axes where they are known; to look at them is no use of it."""

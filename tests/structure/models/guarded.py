@@ -79,6 +79,40 @@ def _try(net: Guarded, h: Tensor) -> Tensor:
         return h
 
 
+def _clipped(net: Guarded, h: Tensor) -> Tensor:
+    return -h if min(h.shape[1], 16) % 7 == 4 else h
+
+
+def _is_odd(n: int) -> bool:
+    return n % 2 == 1
+
+
+def _shared(net: Guarded, h: Tensor) -> Tensor:
+    """The helper asks about the batch when dense, about the width only when it is small."""
+    if _is_odd(h.shape[0]) or (h.shape[1] < 7 and _is_odd(h.shape[1])):
+        return -h
+    return h
+
+
+def _remembered(net: Guarded, h: Tensor) -> Tensor:
+    if "n" not in vars(net):
+        net.n = h.shape[1]
+    return h if h.shape[1] == net.n else -h
+
+
+def _padded(net: Guarded, h: Tensor) -> Tensor:
+    """To a multiple of five, and back."""
+    missing = -h.shape[1] % 5
+    if missing:
+        h = torch.cat([h, h.new_ones(len(h), missing)], 1)
+    return h.cumsum(0)[:, : h.shape[1] - missing]
+
+
+def _unpacked(net: Guarded, h: Tensor) -> Tensor:
+    _, *rest = h.shape
+    return h if rest < [40] else -h
+
+
 def _ratio(net: Guarded, h: Tensor) -> Tensor:
     return h if h.shape[1] / net.second.out_features > 1 else -h
 
@@ -115,6 +149,11 @@ GUARDS: dict[str, Callable[[], Guarded]] = {
         "kept": _kept,
         "loop": (_loop, 40),
         "try": _try,
+        "clipped": (_clipped, 64),
+        "shared": (_shared, 24),
+        "remembered": _remembered,
+        "padded": _padded,
+        "unpacked": (_unpacked, 64),
         "ratio": _ratio,
         "against_own": (lambda net, h: h if h.shape[1] == net.width else -h, 12),
         "against_other": (lambda net, h: h * 2 if h.shape[1] == net.second.out_features else h, 12),
