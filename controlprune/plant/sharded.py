@@ -178,7 +178,7 @@ class ShardedPlant(Plant):
         """From the masked layout: whole tensors, cut, one after the other."""
         self._absent = torch.cat(self.weight_norms())
         super().apply(all_on(self.structure), compact=False)
-        known: dict = {}
+        known, kept = {}, managed(self.model)
         for spot in self._spots:
             whole, part = self._wholes.get(spot.name), self._parts[spot.name]
             cuts = cuts_of(spot, masks, part.device, known)
@@ -191,7 +191,7 @@ class ShardedPlant(Plant):
                 continue
             spot.cuts, spot.home = cuts, part.detach()
             grad, entries = whole.grad, self._travelling(whole)
-            relay(managed(self.model)[id(whole)], select(full(whole), live))
+            relay(kept[id(whole)], select(full(whole), live))
             whole.grad = None if grad is None else self._cut(grad, whole, live)
             for key, entry in entries.items():
                 spot.state_home[key] = entry.to_local()
@@ -200,7 +200,7 @@ class ShardedPlant(Plant):
 
     def _expand(self) -> None:
         """From the compact layout: dense, with every unit on."""
-        masks, known = self.masks, {}
+        masks, known, kept = self.masks, {}, managed(self.model)
         for spot in self._spots:
             whole, part = self._wholes.get(spot.name), self._parts[spot.name]
             if whole is None:
@@ -221,7 +221,7 @@ class ShardedPlant(Plant):
                     put_(torch.zeros_like(spot.home), here, piece(grad, window)) if grad is not None else None
                 )
                 dense = self._joined(put_(spot.home, here, piece(whole, window)), whole, spot.name)
-                relay(managed(self.model)[id(whole)], dense)
+                relay(kept[id(whole)], dense)
                 for key, home in homes.items():
                     self._keeper.state[whole][key] = sharded_like(whole, home)
                 whole.grad = None if back is None else sharded_like(whole, back)

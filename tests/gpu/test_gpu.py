@@ -1,0 +1,151 @@
+"""On a GPU (`pytest -m gpu`; skipped where there is none): what a CPU cannot show of the same promises."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rig import QUICK, Residual, mlp
+from torch import Tensor, nn
+from workers import ranks
+
+import controlprune as cp
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+STEPS = 60
+NETS: dict[str, tuple[Any, tuple[int, ...]]] = {"mlp": (mlp, (8,)), "residual": (Residual, (1, 4, 4))}
+
+
+def batch(step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    x = torch.randn(16, *shape, generator=torch.Generator().manual_seed(step))
+    return x.cuda(non_blocking=True), x.flatten(1)[:, :8].view(16, 4, 2).sum(2).argmax(1).cuda(
+        non_blocking=True
+    )
+
+
+class Run:
+    def __init__(self, name: str = "mlp", budget: cp.Budget | None = None, **options: Any) -> None:
+        make, self.shape = NETS[name]
+        self.model = make().cuda()
+        if options.pop("channels_last", False):
+            self.model = self.model.to(memory_format=torch.channels_last)
+        kind = options.pop("optimizer", torch.optim.AdamW)
+        self.optimizer = kind(self.model.parameters(), lr=0.01, **options.pop("optimizer_options", {}))
+        self.scaler = torch.amp.GradScaler("cuda") if options.pop("amp", False) else None
+        self.controller = cp.attach(
+            self.model, self.optimizer, budget=budget or cp.Budget(flops=0.5),
+            example_inputs=(batch(0, self.shape)[0],), total_steps=STEPS, round_to=1,
+            **({"policy": QUICK} | options),
+        )  # fmt: skip
+        self.forward: Any = self.model
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            x, y = batch(self.controller.steps, self.shape)
+            with torch.autocast("cuda", torch.float16, enabled=self.scaler is not None):
+                loss = nn.functional.cross_entropy(self.forward(x), y)
+            if self.scaler is None:
+                loss.backward()
+                self.optimizer.step()
+            else:
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            self.controller.step(loss)
+            self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", list(NETS))
+@pytest.mark.parametrize("park_on", [None, "cpu"])
+def test_masked_equals_shrunk_and_comes_back(name: str, park_on: str | None) -> None:
+    run = Run(name, park_on=park_on)
+    run.train(3)
+    run.model.eval()
+    before = copy.deepcopy(run.model.state_dict())
+    run.controller.set_masks({g.name: torch.arange(g.size) % 3 > 0 for g in run.controller.groups})
+    x = batch(0, run.shape)[0]
+    with torch.no_grad():
+        masked = run.model(x)
+        run.controller.shrink()
+        torch.testing.assert_close(run.model(x), masked, rtol=1e-4, atol=1e-5)
+    run.controller.detach()
+    assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"amp": True},
+        {"name": "residual", "channels_last": True},
+        {"optimizer_options": {"fused": True}},
+        {"optimizer_options": {"fused": True}, "amp": True},
+        {"optimizer_options": {"foreach": True}},
+        {"optimizer_options": {"capturable": True}},
+    ],
+    ids=str,
+)
+def test_whole_runs(options: dict[str, Any]) -> None:
+    run = Run(**options)
+    run.train(STEPS)
+    small = run.controller.finalize()
+    assert run.controller.cost()["flops"].fraction <= 0.5
+    assert next(small.parameters()).is_cuda
+    if options.get("channels_last"):
+        assert small.stem.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_between_updates_nothing_waits() -> None:
+    policy = cp.Control(observe_every=1, update_every=4, looks=1.0)
+    run = Run(policy=policy)
+    for step in range(1, STEPS):
+        x, y = batch(step, run.shape)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step % 4 else "default")
+        try:
+            nn.functional.cross_entropy(run.model(x), y).backward()
+            run.optimizer.step()
+            run.controller.step(torch.zeros((), device="cuda"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        run.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(mode: str) -> None:
+    run = Run()
+    run.forward = torch.compile(run.model, mode=mode)
+    run.train(STEPS)
+    run.controller.finalize()
+    assert run.controller.cost()["flops"].fraction <= 0.5
+
+
+def test_latency_and_memory_under_budget() -> None:
+    run = Run("residual", budget=cp.Budget(latency=0.95, memory=0.8))
+    run.train(STEPS)
+    torch.cuda.reset_peak_memory_stats()
+    run.controller.finalize()
+    assert run.controller.cost()["memory"].fraction <= 0.8
+
+
+def test_energy_under_budget() -> None:
+    run = Run(budget=cp.Budget(energy=0.95))
+    run.train(STEPS)
+    run.controller.finalize()
+
+
+@ranks(1)
+def test_nccl_with_one_rank(rank: int) -> None:
+    group = dist.new_group(backend="nccl")
+    run = Run()
+    ddp = nn.parallel.DistributedDataParallel(run.model, process_group=group)
+    run.controller.replicate(ddp)
+    run.forward = ddp
+    run.train(STEPS)
+    run.controller.finalize()
+    assert run.controller.cost()["flops"].fraction <= 0.5
