@@ -64,6 +64,7 @@ class Computed:
 
     operator: str
     terms: tuple[Term, ...]
+    depth: int = 1
 
 
 Term: TypeAlias = "Size | Attribute | Computed | int | float"
@@ -80,6 +81,7 @@ class Question:
 
 
 NOT_ASKED = ("torch", __name__.partition(".")[0])  # packages whose own questions are none of the model's
+DEEPEST = 64  # operators, one upon the other (a counter in a loop), that are followed
 UNKNOWN = "unknown"  # the operator of a question after which a number is no longer followed
 Listener: TypeAlias = "Callable[[Question], object]"
 _listener: list[Listener] = []
@@ -182,7 +184,12 @@ def _computed(name: str, *values: Any) -> Any:
     result = function(*map(plain, values))
     if not _listener or isinstance(result, (bool, complex)):
         return result
-    term = Computed(name, tuple(map(term_of, values)))
+    terms = tuple(map(term_of, values))
+    depth = 1 + max(term.depth if isinstance(term, Computed) else 0 for term in terms)
+    if depth > DEEPEST:
+        _tell(UNKNOWN, *(term for term in terms if isinstance(term, Computed)))
+        return result
+    term = Computed(name, terms, depth)
     return SeenInt(result, term) if isinstance(result, int) else SeenFloat(result, term)
 
 
