@@ -80,7 +80,9 @@ def traced(billions: int) -> tuple[float, float, int]:
     parameters = sum(p.numel() for p in model.parameters())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    structure = cp.trace(model, {"input_ids": torch.zeros(1, 16, dtype=torch.int64, device="meta")}).structure
+    with torch.device("meta"):
+        tokens, mask = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 1, 16, 16)
+    structure = cp.trace(model, {"input_ids": tokens, "attention_mask": mask}).structure
     spent = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"  {parameters / 1e9:.1f} billion parameters, {len(structure.groups)} groups")
