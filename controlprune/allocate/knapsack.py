@@ -78,9 +78,9 @@ class Tradeoff:
                 raise ValueError(
                     f"values[{g}]: {int((~np.isfinite(v)).sum())} are not finite; skip this update"
                 )
-            if not 1 <= floor <= len(v) or step < 1:
+            if not 0 <= floor <= len(v) or step < 1:
                 raise ValueError(
-                    f"group {g}: floor={floor}, step={step}: need 1 <= floor <= {len(v)}, step >= 1"
+                    f"group {g}: floor={floor}, step={step}: need 0 <= floor <= {len(v)}, step >= 1"
                 )
 
     @property
@@ -188,7 +188,11 @@ def _shadow_prices(space: Space, at: Rungs) -> Array:
     worth = np.concatenate([moves.net(space.prices)[use, 0] for moves, use in rows])
     use = np.concatenate([moves.cost[binding][:, use, 0].T for moves, use in rows])
     scale = 1 / space.dense[binding]
-    weight = np.maximum(use @ scale, 1e-300)
+    costly = use @ scale > 0.0  # channels of a branch that is off cost nothing, and say nothing of the price
+    worth, use = worth[costly], use[costly]
+    if not costly.any():
+        return out
+    weight = use @ scale
     solution = nnls(use * scale / weight[:, None], np.maximum(worth, 0) / weight)
     out[binding] = solution * scale
     return out

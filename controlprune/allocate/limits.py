@@ -51,7 +51,11 @@ def uniform_under(problem: Problem, limits: Mapping[str, float]) -> tuple[int, .
         return ()
     costs = [problem.costs[k] for k in limits]
     bounds = np.array([r * problem.dense[k] for k, r in limits.items()])
-    return uniform(problem.structure.sizes, costs, bounds, problem.floors, problem.steps)
+    sizes, floors, steps = problem.structure.sizes, problem.floors, problem.steps
+    whole = tuple(max(floor, 1) for floor in floors)  # nothing vanishes that need not
+    if whole != floors and all(c.value(whole) <= b for c, b in zip(costs, bounds, strict=True)):
+        floors = whole
+    return uniform(sizes, costs, bounds, floors, steps)
 
 
 def allocate(

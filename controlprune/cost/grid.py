@@ -150,14 +150,17 @@ class Steps:
         """Where a group says its own."""
         rows = zip(structure.groups, self.steps, self.grains, self.floors, strict=True)
         said = [
-            (g.step, g.step if g.least else g.multiple, g.least or g.step) if g.step else (step, grain, floor)
+            (g.step, g.step if g.least else g.multiple, 0 if g.optional else g.least or g.step)
+            if g.step
+            else (step, grain, floor)
             for g, step, grain, floor in rows
         ]
         return Steps(*(tuple(column) for column in zip(*said, strict=True))) if said else self
 
     def ends(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Floors that are whole grains."""
-        return tuple(map(max, self.floors, map(min, self.grains, sizes)))
+        whole = map(max, self.floors, map(min, self.grains, sizes))
+        return tuple(end if floor else 0 for floor, end in zip(self.floors, whole, strict=True))
 
     def rungs(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
         """The widths from there on, per group."""

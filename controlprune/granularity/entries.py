@@ -12,15 +12,16 @@ up or added.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from ..structure.extents import Fixed, Product, Units, size
+from ..structure.extents import Units, size
 from ..structure.groups import Group, Refusal, Structure, Work
+from ..structure.verify import without
 
-__all__ = ["eligible", "with_entries"]
+__all__ = ["STEPS", "eligible", "fixed", "with_entries"]
 
 STEPS = 1024  # widths of a group that are tried at first
 
@@ -53,42 +54,35 @@ def eligible(
     return found, tuple(refused)
 
 
-def with_entries(
-    traced: Structure,
-    groups: Sequence[Group],
-    entries_per_unit: Callable[[str], int],
-    refused: Sequence[Refusal],
-) -> Structure:
-    """`traced` with nothing but these groups; each is called as the parameter whose entries its units are."""
-    units = {group.name: Units(g, group.size) for g, group in enumerate(groups)}
-    numbers = {name: entries_per_unit(name) for name in units}
-    return Structure(
-        groups=tuple(groups),
-        refused=tuple(refused),
-        tensors={name: tuple(Fixed(size(e)) for e in extents) for name, extents in traced.tensors.items()},
-        parameters=traced.parameters,
-        attributes=(),
-        work=tuple(term for work in traced.work for term in _terms(work, units)),
-        aliases=traced.aliases,
-        forwards=traced.forwards,
-        verified=traced.verified,
-        entries={name: _times(numbers[name], extent) for name, extent in units.items()},
+def with_entries(base: Structure, groups: Sequence[Group], refused: Sequence[Refusal]) -> Structure:
+    """`base` with these groups more; each is called as the parameter whose entries its units are.
+
+    In none of those may a group of `base` stand.
+    """
+    units = {group.name: Units(g, group.size) for g, group in enumerate(groups, len(base.groups))}
+    return replace(
+        base,
+        groups=(*base.groups, *groups),
+        refused=(*base.refused, *refused),
+        work=tuple(term for work in base.work for term in _terms(work, units)),
+        entries={**base.entries, **units},
     )
+
+
+def fixed(traced: Structure) -> Structure:
+    """The model with no group at all."""
+    alone = without(traced, dict.fromkeys(range(len(traced.groups)), ""))
+    return replace(alone, refused=())
 
 
 def _terms(work: Work, units: Mapping[str, Units]) -> list[Work]:
     """An operator's FLOPs, shared by the weights that it contracts with."""
-    whole = work.coefficient * math.prod(size(factor) for factor in work.factors)
-    share = len(work.weights)
     if not any(name in units for name in work.weights):
-        return [replace(work, coefficient=whole, factors=())]
+        return [work]
+    whole, share = work.coefficient * math.prod(size(factor) for factor in work.factors), len(work.weights)
     return [
-        replace(work, coefficient=whole / share / units[name].length, factors=(units[name],))
+        replace(work, coefficient=whole / share / units[name].length, factors=(units[name],), weights=(name,))
         if name in units
-        else replace(work, coefficient=whole / share, factors=())
+        else replace(work, coefficient=whole / share, factors=(), weights=(name,))
         for name in work.weights
     ]
-
-
-def _times(number: int, extent: Units) -> Units | Product:
-    return extent if number == 1 else Product((Fixed(number), extent))

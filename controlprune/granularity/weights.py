@@ -6,7 +6,7 @@ with zeros in it: fewer FLOPs and params as they are counted, no less time on a 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 
 from ..plant.base import is_sharded
 from ..plant.entries import EntryPlant
-from ..structure.groups import Group, Structure
+from ..structure.groups import Group, Refusal, Structure
 from .base import Granularity
-from .entries import STEPS, eligible, with_entries
+from .entries import STEPS, eligible, fixed, with_entries
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "require_found"]
 
 
 class Weights(Granularity):
@@ -30,15 +30,17 @@ class Weights(Granularity):
         return '"weight"'
 
     def units(self, model: nn.Module, traced: Structure, ignored: Collection[str] = ()) -> Structure:
+        groups, refused = self.groups(model, traced, ignored)
+        require_found(self, groups, refused)
+        return with_entries(fixed(traced), groups, refused)
+
+    def groups(
+        self, model: nn.Module, traced: Structure, ignored: Collection[str]
+    ) -> tuple[list[Group], tuple[Refusal, ...]]:
+        """One for each parameter that has such units; the others, with the reason."""
         names, refused = eligible(model, traced, ignored)
         sizes = {name: p.numel() for name, p in model.named_parameters()}
-        groups = [Group(n, sizes[n], "weight", (), step=max(1, sizes[n] // STEPS)) for n in names]
-        if not groups:
-            reasons = "".join(f"\n  {r.name} ({r.size}): {r.reason}" for r in refused)
-            raise ValueError(
-                f"granularity={self}: no parameter of this model has weights to prune:{reasons or ' none'}"
-            )
-        return with_entries(traced, groups, lambda name: 1, refused)
+        return [Group(n, sizes[n], "weight", (), step=max(1, sizes[n] // STEPS)) for n in names], refused
 
     def plant(
         self,
@@ -52,3 +54,12 @@ class Weights(Granularity):
                 f'granularity={self}: sharded parameters can be pruned by channel only; give "channel"'
             )
         return EntryPlant(model, optimizer, structure)
+
+
+def require_found(granularity: Granularity, groups: Sequence[Group], refused: Sequence[Refusal]) -> None:
+    """ValueError where nothing of the model has such units, with the reasons."""
+    if not groups:
+        reasons = "".join(f"\n  {r.name} ({r.size}): {r.reason}" for r in refused)
+        raise ValueError(
+            f"granularity={granularity}: no parameter of this model has units to prune:{reasons or ' none'}"
+        )

@@ -6,7 +6,7 @@ Nothing of the model or the optimizer is changed before everything has been chec
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +54,7 @@ def attach(
     example_inputs: Any,
     total_steps: int,
     policy: Policy | None = None,
-    granularity: str | Granularity = "channel",
+    granularity: str | Granularity | Mapping[nn.Module | str, str | Granularity] = "channel",
     ignored_layers: Sequence[nn.Module | str] = (),
     round_to: int | None = None,
     seed: int = 0,

@@ -36,9 +36,9 @@ CutKey = tuple[Extent, frozenset[int], torch.device]
 
 
 def at(cuts: Cuts, part: Part) -> dict[int, Tensor]:
-    """The positions called `part`, for the dimensions that have some."""
+    """The positions called `part`, for the dimensions that have some; where nothing is live, that too."""
     found = {dim: getattr(cut, part) for dim, cut in cuts.items()}
-    return {dim: index for dim, index in found.items() if len(index)}
+    return {dim: index for dim, index in found.items() if len(index) or part == "live"}
 
 
 def along(cuts: Cuts, dims: Iterable[int]) -> dict[int, Cut]:

@@ -31,7 +31,7 @@ def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
             raise TypeError(f"masks: {group.name!r} is {kind}; give a torch.bool tensor, True = active")
         if mask.shape != (group.size,):
             raise ValueError(f"masks: {group.name!r} has shape {tuple(mask.shape)}, not ({group.size},)")
-        if not mask.any():
+        if not mask.any() and not group.optional:
             raise ValueError(f"masks: {group.name!r} has no active unit; leave at least one")
         if (live := int(mask.sum())) % group.multiple and live < group.size:
             raise ValueError(

@@ -32,6 +32,7 @@ from ..structure.caches import drop_caches
 from ..structure.extents import groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
+from ..structure.skipping import skip
 from ..structure.standins import count_live
 from ..structure.surroundings import plainly
 from .base import BasePlant, Kind
@@ -116,6 +117,9 @@ class Plant(BasePlant):
         moving = [spot for spot in self._spots if spot.groups & changed]
         with ExitStack() as undo, torch.no_grad():
             undo.callback(self._set, self.masks, self.compact, tensors)
+            branches = self.structure.branches
+            undo.callback(skip, self.model, branches, self.masks if self.compact else None)
+            skip(self.model, branches, None)
             self._unhook()
             known = cuts_at((key for s in moving for key in s.keys(tensors[s.name].device)), masks)
             for spot in moving:
@@ -132,6 +136,7 @@ class Plant(BasePlant):
                 undo.callback(count_live, self.model, self.structure.norms, self._heard)
                 count_live(self.model, self.structure.norms, None if compact else masks)
                 drop_caches(self.model)
+            skip(self.model, branches, masks if compact else None)
             self._set(masks, compact, tensors)
             undo.pop_all()
         torch.clear_autocast_cache()  # the weights it knows are no more

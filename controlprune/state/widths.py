@@ -2,7 +2,8 @@
 
     {"format": 1,
      "shapes": {tensor: [n_1, …]},                      every tensor that is not as its class makes it
-     "sizes":  [[module, attribute, index, value], …]}  the Python integers that go with them
+     "sizes":  [[module, attribute, index, value], …],  the Python integers that go with them
+     "skipped": [[module, zeros, returns], …]}          modules that are not run (structure/skipping.py)
 
 It goes where the model's own configuration is saved. A model that is pruned twice has the second record over
 the first. The units themselves are not named: weights come from the file beside it.
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..structure.extents import Fixed, size
 from ..structure.groups import SizeAttribute, Structure
 from ..structure.sizes import get_size, let_heads_leave, set_size
+from ..structure.skipping import off, skip_for_good
 
 __all__ = ["narrow", "record"]
 
@@ -37,7 +39,10 @@ def record(structure: Structure, widths: Sequence[int], before: Record | None = 
     for a in structure.attributes:
         if (value := size(a.extent, widths)) != size(a.extent):
             sizes[a.module, a.attribute, a.index] = [a.module, a.attribute, a.index, value]
-    return {"format": FORMAT, "shapes": shapes, "sizes": list(sizes.values())}
+    skipped = [list(e) for e in (before or {}).get("skipped", ())]
+    skipped += [list(e) for e in off(structure.branches, [torch.ones(n) for n in widths])]
+    found = {"format": FORMAT, "shapes": shapes, "sizes": list(sizes.values())}
+    return found | ({"skipped": skipped} if skipped else {})
 
 
 def narrow(model: nn.Module, widths: Record) -> None:
@@ -51,6 +56,7 @@ def narrow(model: nn.Module, widths: Record) -> None:
     for module, attribute, index, value in widths["sizes"]:
         set_size(modules, module, attribute, index, value)
     let_heads_leave(model)
+    skip_for_good(model, [(m, bool(zeros), int(n)) for m, zeros, n in widths.get("skipped", ())])
     with torch.no_grad():
         for name, shape in widths["shapes"].items():
             tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()
@@ -62,8 +68,14 @@ def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tenso
             raise ValueError(f"format {widths['format']!r}, this version reads {FORMAT}")
         for name, shape in widths["shapes"].items():
             dense = tensors[name].shape
-            if len(shape) != len(dense) or not all(0 < n <= d for n, d in zip(shape, dense, strict=True)):
+            least = 0 if widths.get("skipped") else 1
+            if len(shape) != len(dense) or not all(
+                least <= n <= d for n, d in zip(shape, dense, strict=True)
+            ):
                 raise ValueError(f"{name} is {tuple(dense)}, no larger than {tuple(shape)}")
+        for module, zeros, returns in widths.get("skipped", ()):
+            if module not in modules or type(zeros) is not bool or type(returns) is not int:
+                raise ValueError(f"{module!r} is no module that can be skipped")
         for module, attribute, index, value in widths["sizes"]:
             found = get_size(modules, SizeAttribute(module, attribute, index, Fixed(0)))
             if type(found) is not int or not 0 < value <= found:

@@ -26,7 +26,18 @@ from .extents import Extent
 from .formula import Formula
 from .guards import Guard, Place
 
-__all__ = ["Group", "LiveNorm", "Refusal", "Role", "SizeAttribute", "Slice", "Structure", "Work", "widths_of"]
+__all__ = [
+    "Branch",
+    "Group",
+    "LiveNorm",
+    "Refusal",
+    "Role",
+    "SizeAttribute",
+    "Slice",
+    "Structure",
+    "Work",
+    "widths_of",
+]
 
 Role = Literal["reader", "producer"]
 
@@ -53,6 +64,7 @@ class Group:
     step: int = 0  # between widths that are tried; 0: as the grid says (cost/grid.py)
     least: int = 0  # the narrowest; 0: as the grid says
     returns: bool = True  # may a unit that is off come back?
+    optional: bool = False  # may every unit be off?
 
     @property
     def readers(self) -> tuple[Slice, ...]:
@@ -94,6 +106,16 @@ class SizeAttribute:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What is not run while the one unit of a group is off (structure/branches.py)."""
+
+    group: int
+    ends: str  # the module that hands on zeros
+    passes: tuple[str, ...]  # those that hand on their input
+    returns: Mapping[str, int]  # module -> of how many its output is a tuple; 0: a tensor
+
+
+@dataclass(frozen=True)
 class LiveNorm:
     """A norm module with units of groups among its channels: masked, its statistics are of the live ones."""
 
@@ -111,7 +133,8 @@ class Structure:
     example inputs in eval mode; `traffic` what each operator of that pass writes, like terms added up;
     `activations` what each operator of a pass in training mode allocates, one entry per tensor, in order;
     `aliases` the extra names of shared tensors -> canonical name; `norms` the modules that count live units;
-    `entries` how many entries of a tensor there are, where units are entries of it (granularity/).
+    `entries` how many entries of a tensor there are, where units are entries of it (granularity/); `branches`
+    what is skipped as a whole.
     """
 
     groups: tuple[Group, ...]
@@ -127,6 +150,7 @@ class Structure:
     entries: Mapping[str, Extent] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()  # what the model's code asks about widths
     asked: Mapping[Place, int] = field(default_factory=dict)  # where, and how often in a pass
+    branches: tuple[Branch, ...] = ()
     forwards: int = 0  # of the model, that the traces and the check took
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .extents import Concat, Extent, Fixed, Product, Units, Window, size
-from .groups import Group, SizeAttribute, Slice, Structure
+from .groups import Branch, Group, SizeAttribute, Slice, Structure
 from .sizes import get_size
 
 __all__ = ["masks_from_json", "masks_to_json", "misfit", "structure_from_json", "structure_to_json"]
@@ -31,6 +31,7 @@ def structure_to_json(structure: Structure) -> dict[str, Any]:
                 "name": g.name,
                 "size": g.size,
                 "kind": g.kind,
+                **({"optional": True} if g.optional else {}),
                 "slices": [[s.tensor, s.dim, _extent_to_json(s.extent), s.role] for s in g.slices],
             }
             for g in structure.groups
@@ -40,6 +41,7 @@ def structure_to_json(structure: Structure) -> dict[str, Any]:
         "attributes": [
             [a.module, a.attribute, a.index, _extent_to_json(a.extent)] for a in structure.attributes
         ],
+        **({"branches": [_branch_to_json(b) for b in structure.branches]} if structure.branches else {}),
     }
 
 
@@ -54,6 +56,7 @@ def structure_from_json(value: Any) -> Structure:
                 Slice(_text(tensor), _count(dim), _extent_from_json(extent), role)
                 for tensor, dim, extent, role in g["slices"]
             ),
+            optional=g.get("optional") is True,
         )
         for g in value["groups"]
     )
@@ -67,6 +70,7 @@ def structure_from_json(value: Any) -> Structure:
             for m, a, i, e in value["attributes"]
         ),
         work=(),
+        branches=tuple(_branch_from_json(b) for b in value.get("branches", ())),
     )
     _require_consistent(structure)
     return structure
@@ -100,6 +104,9 @@ def misfit(structure: Structure, model: nn.Module) -> str:
             return f"{name!r} is {'a parameter' if name in parameters else 'a buffer'} of it"
     if extra := sorted(own.keys() - structure.tensors.keys()):
         return f"it has a tensor {extra[0]!r} more"
+    for name in (n for b in structure.branches for n in b.returns):
+        if name not in modules:
+            return f"it has no module {name!r}"
     for entry in structure.attributes:
         where = f"{entry.module}.{entry.attribute}"
         try:
@@ -113,10 +120,10 @@ def misfit(structure: Structure, model: nn.Module) -> str:
 
 def _mask(group: Group, active: Any) -> Tensor:
     units = [_count(unit) for unit in active]
-    if not units or units != sorted(set(units)) or units[-1] >= group.size:
+    if not (units or group.optional) or units != sorted(set(units)) or max(units, default=0) >= group.size:
         raise ValueError(f"active units of {group.name!r}: not some of its {group.size} in order")
     mask = torch.zeros(group.size, dtype=torch.bool)
-    mask[torch.tensor(units)] = True
+    mask[torch.tensor(units, dtype=torch.long)] = True
     return mask
 
 
@@ -133,6 +140,8 @@ def _require_consistent(structure: Structure) -> None:
     for units in (u for term in terms for u in _units(term)):
         if not (units.group < len(names) and units.length == structure.groups[units.group].size):
             raise ValueError(f"{units} is none of its groups")
+    if any(b.group >= len(names) for b in structure.branches):
+        raise ValueError("a branch of none of its groups")
     for group in structure.groups:
         for part in group.slices:
             if part.role not in ("reader", "producer"):
@@ -141,6 +150,18 @@ def _require_consistent(structure: Structure) -> None:
                 raise ValueError(f"{group.name!r}: {part.tensor!r} has not the extent of its slice")
         if group.size < 1 or not group.readers:
             raise ValueError(f"{group.name!r} has no units, or nothing reads them")
+
+
+def _branch_to_json(branch: Branch) -> list[Any]:
+    return [branch.group, branch.ends, list(branch.passes), dict(branch.returns)]
+
+
+def _branch_from_json(value: Any) -> Branch:
+    group, ends, passes, returns = value
+    found = {_text(name): _count(n) for name, n in returns.items()}
+    if found.keys() != {ends, *passes}:
+        raise ValueError(f"branch {ends!r}: it does not say what all of its modules return")
+    return Branch(_count(group), _text(ends), tuple(map(_text, passes)), found)
 
 
 def _units(extent: Extent) -> Iterator[Units]:

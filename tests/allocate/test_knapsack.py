@@ -248,7 +248,7 @@ def test_infeasible_says_what_is_feasible() -> None:
     ("changes", "message"),
     [
         ({"values": (np.array([1.0, np.nan]),)}, "not finite"),
-        ({"floors": (0,)}, "floor=0"),
+        ({"floors": (-1,)}, "floor=-1"),
         ({"floors": (3,)}, "floor=3"),
         ({"steps": (0,)}, "step=0"),
         ({"limits": np.array([np.nan])}, "limits"),

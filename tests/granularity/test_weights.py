@@ -352,7 +352,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "train_flops": ({"budget": cp.Budget(train_flops=0.5, flops=0.5)}, "budget: train_flops does not fall"),
     "rotation": ({"policy": cp.Rotation()}, "cp.Rotation parks"),
     "layers": ({"policy": cp.RigL(layers="all")}, 'layers=\'all\': give "uniform" or "erk"'),  # type: ignore[arg-type]
-    "ignored": ({"ignored_layers": ["0", "2", "4"]}, "no parameter of this model has weights to prune"),
+    "ignored": ({"ignored_layers": ["0", "2", "4"]}, "no parameter of this model has units to prune"),
     "too little": ({"budget": cp.Budget(params=0.01)}, "params <= .*feasible"),
 }
 

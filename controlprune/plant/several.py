@@ -1,0 +1,141 @@
+"""Several plants on one model as one: each has its own units and its own parameters.
+
+    masks, gate gradients, norms    one after the other, in the order of the plants
+    apply                           all of them go to the new masks, or none
+
+No parameter belongs to two (granularity/several.py), so that what one does the others do not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..structure.groups import Structure
+from .base import BasePlant, Kind
+from .gate_gradients import Later
+from .layout import Spot
+from .masks import Masks
+
+__all__ = ["SeveralPlants"]
+
+
+class SeveralPlants(BasePlant):
+    """`parts`: the plants, whose groups one after the other are those of `structure`."""
+
+    packs: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        structure: Structure,
+        parts: Sequence[BasePlant],
+        park_on: torch.device | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.structure, self.park_on = model, optimizer, structure, park_on
+        self.parts = tuple(parts)
+        self.shrinks = any(part.shrinks for part in parts)  # type: ignore[misc]
+
+    def _split(self, masks: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        left, found = list(masks), []
+        for part in self.parts:
+            count = len(part.structure.groups)
+            found.append(tuple(left[:count]))
+            left = left[count:]
+        return found
+
+    @property
+    def masks(self) -> Masks:  # type: ignore[override]
+        return tuple(mask for part in self.parts for mask in part.masks)
+
+    @property
+    def compact(self) -> bool:  # type: ignore[override]
+        return any(part.compact for part in self.parts)
+
+    @property
+    def spots(self) -> tuple[Spot, ...]:
+        return tuple(spot for part in self.parts for spot in part.spots)
+
+    @property
+    def portable(self) -> tuple[Structure, Masks]:
+        found = [part.portable for part in self.parts if part.shrinks]
+        return found[0] if found else self.parts[0].portable
+
+    def project(self, masks: Masks) -> Masks:
+        pairs = zip(self.parts, self._split(masks), strict=True)
+        return tuple(mask for part, own in pairs for mask in part.project(own))
+
+    def expect(self, kind: Kind | None) -> None:
+        for part in self.parts:
+            part.expect(kind)
+
+    def apply(self, masks: Sequence[Tensor], *, compact: bool) -> None:
+        if len(masks) != len(self.structure.groups):
+            raise ValueError(
+                f"masks: got {len(masks)} for {len(self.structure.groups)} groups; give one for each"
+            )
+        with ExitStack() as undo:
+            for part, own in zip(self.parts, self._split(masks), strict=True):
+                undo.callback(part.apply, part.masks, compact=part.compact)
+                part.apply(own, compact=compact and not all(bool(m.all()) for m in own))
+            undo.pop_all()
+
+    def quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
+        return all(part.quiet(state, prefix) for part in self.parts)
+
+    def follow_tensors(self) -> None:
+        for part in self.parts:
+            part.follow_tensors()
+
+    def recheck(self) -> None:
+        for part in self.parts:
+            part.recheck()
+
+    def rest(self) -> None:
+        for part in self.parts:
+            part.rest()
+
+    def read_later(self, later: Later) -> None:
+        for part in self.parts:
+            part.read_later(later)
+
+    def release(self) -> None:
+        for part in self.parts:
+            part.release()
+
+    def harden(self) -> None:
+        for part in self.parts:
+            part.harden()
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(part.has_gradients for part in self.parts)
+
+    def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
+        rows = [part.gate_gradient(only) for part in self.parts]
+        return torch.cat([row.to(rows[0].device) for row in rows])
+
+    def weight_norms(self) -> list[Tensor]:
+        return [norms for part in self.parts for norms in part.weight_norms()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{n}:{k}": v for n, part in enumerate(self.parts) for k, v in part.state_dict().items()}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        mine = [
+            {k.removeprefix(f"{n}:"): v for k, v in saved.items() if k.startswith(f"{n}:")}
+            for n in range(len(self.parts))
+        ]
+        if sum(map(len, mine)) != len(saved):
+            raise ValueError("saved: it was saved under another granularity")
+        with ExitStack() as undo:
+            for part, state in zip(self.parts, mine, strict=True):
+                undo.callback(part.apply, part.masks, compact=part.compact)
+                part.load_state_dict(state)
+            undo.pop_all()
