@@ -154,10 +154,16 @@ def _line(side: str, mine: list[Row], dense: list[Row], best: list[Row], figure:
         f"{mean(r['train_flops'] for r in mine):.3f}",
         _time(mine, dense),
         _steps(mine, dense, 1 if figure == "accuracy" else -1),
-        f"{mean(r['parameters'] for r in mine) / 1e6:.3g} M",
-        f"{1000 * mean(r['latency'] for r in mine):.2f} ms",
+        _mean(mine, "parameters", 1e-6, ".3g", "M"),
+        _mean(mine, "latency", 1e3, ".2f", "ms"),
     ]
     return "| " + " | ".join(columns) + " |"
+
+
+def _mean(rows: list[Row], key: str, scale: float, form: str, unit: str) -> str:
+    """Over the rows that have it."""
+    known = [scale * r[key] for r in rows if key in r]
+    return f"{mean(known):{form}} {unit}" if known else ""
 
 
 def _apart(mine: list[Row], other: list[Row], figure: str) -> str:

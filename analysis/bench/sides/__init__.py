@@ -27,6 +27,7 @@ SIDES: dict[str, Make] = {
     "cubic, global magnitude": lambda: ByHand("magnitude", cubic(0.1, 0.5), "global"),
     "learned gates, Lagrangian": Gates,
     "Torch-Pruning": TorchPruning,
+    "norm, 3 cuts, uniform": lambda: ByHand("norm", even(0.1, 0.2, 0.3)),
     "movement, 3 cuts": lambda: ByHand("movement", even(0.1, 0.2, 0.3)),
     "Fisher, 3 cuts, uniform": lambda: ByHand("fisher", even(0.1, 0.2, 0.3)),
     "Fisher per FLOP, 3 cuts": lambda: ByHand("fisher", even(0.1, 0.2, 0.3), "per cost"),
@@ -39,7 +40,6 @@ LEVERS: dict[str, Make] = {
     ),
     "Fisher per FLOP, 3 early cuts": lambda: ByHand("fisher", even(0.04, 0.07, 0.1), "per cost"),
     "Fisher per FLOP, cubic": lambda: ByHand("fisher", cubic(0.05, 0.3), "per cost"),
-    "norm, 3 cuts, uniform": lambda: ByHand("norm", even(0.1, 0.2, 0.3)),
 }
 
 FOUND = ("small from scratch, widths of ours",)  # they need a row of ours at the same budget and seed
