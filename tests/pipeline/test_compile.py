@@ -15,7 +15,7 @@ import controlprune as cp
 from controlprune.loop.recompile import COMPILED, Layouts
 from controlprune.policies.feedback import pace
 
-RESTLESS = replace(rig.QUICK, update_every=2, revise_every=1, dwell=0, hysteresis=0.0)
+RESTLESS = replace(rig.QUICK, update_every=2, revise_every=1, dwell=0, hysteresis=0.0, stages=6)
 
 
 @pytest.fixture
