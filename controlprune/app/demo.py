@@ -33,6 +33,7 @@ from .tasks import Task
 
 __all__ = ["Progress", "run"]
 
+STAGES = 6  # of a plan that a task brings: as many as the picture shows
 PAIRED_STEPS = 120  # of a second dense run, beside the small one, for the ratio of their times
 
 
@@ -99,7 +100,7 @@ def _train_together(
         budget=Budget(flops=budget),
         example_inputs=(task.example(8),),
         total_steps=steps,
-        policy=None if task.plan is None else Control(plan=task.plan),
+        policy=None if task.plan is None else Control(plan=task.plan, stages=STAGES),
         seed=seed,
     )
     controlled.after = controller.step
