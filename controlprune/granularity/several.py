@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 
 from ..plant.base import BasePlant
 from ..plant.several import SeveralPlants
+from ..structure.analyse import tensors_in
 from ..structure.groups import Structure
 from ..structure.record import ExampleInputs
 from ..structure.verify import without
 from .base import Granularity
-from .entries import fixed, with_entries
+from .entries import with_entries
+from .states import STATE, States, is_states, with_states
 from .weights import Weights
 
 __all__ = ["Several"]
@@ -35,14 +37,16 @@ class Several(Granularity):
     def __init__(self, given: Mapping[nn.Module | str, Granularity]) -> None:
         self.given = dict(given)
         kinds = {str(kind): kind for kind in self.given.values()}
-        self.whole = [kind for kind in kinds.values() if kind.shrinks]
+        self.states = [kind for kind in kinds.values() if isinstance(kind, States)]
+        self.whole = [kind for kind in kinds.values() if kind.shrinks and kind not in self.states]
         self.entries = [kind for kind in kinds.values() if isinstance(kind, Weights)]
         if len(self.whole) > 1:
             raise ValueError(
                 f"granularity: {self.whole[0]} and {self.whole[1]} would both cut whole tensors; give "
                 '"channel+layer" in place of one, or one of them'
             )
-        self.shrinks = bool(self.whole)
+        self.shrinks = bool(self.whole or self.states)
+        self.returns = not self.states
 
     def __str__(self) -> str:
         named = (
@@ -54,18 +58,23 @@ class Several(Granularity):
     def trace(
         self, model: nn.Module, example_inputs: ExampleInputs, ignored_layers: Sequence[nn.Module | str] = ()
     ) -> Structure:
-        kind = next(iter(self.given.values())) if not self.whole else self.whole[0]
-        self._named(model)  # an error before anything runs
-        return kind.trace(model, example_inputs, ignored_layers)
+        owners = _owners(model, self._named(model))  # an error before anything runs
+        kind = self.whole[0] if self.whole else Weights()
+        traced = kind.trace(model, example_inputs, ignored_layers)
+        for kind in self.states:
+            ignored = tensors_in(model, ignored_layers)
+            traced = with_states(traced, model, example_inputs, ignored, _foreign(owners, kind))
+        return traced
 
     def units(self, model: nn.Module, traced: Structure, ignored: Collection[str] = ()) -> Structure:
         named = self._named(model)
         owners = _owners(model, named)
-        structure = fixed(traced)
+        structure = without(traced, {n: "" for n, g in enumerate(traced.groups) if g.kind != STATE})
+        structure = replace(structure, refused=tuple(r for r in traced.refused if is_states(r.name)))
         for kind in self.whole:
             structure = _apart(kind.units(model, traced, ignored), owners, kind)
         for kind in self.entries:
-            foreign = [name for name, owner in owners.items() if str(owner) != str(kind)]
+            foreign = _foreign(owners, kind)
             groups, refused = kind.groups(model, traced, (*ignored, *foreign))
             own = [r for r in refused if r.name not in foreign]
             structure = with_entries(structure, groups, own)
@@ -80,11 +89,16 @@ class Several(Granularity):
         park_on: torch.device | None = None,
     ) -> BasePlant:
         owners = _owners(model, self._named(model))
-        whole = tuple(g for g in structure.groups if g.name not in structure.entries)
+        states = {n: "" for n, g in enumerate(structure.groups) if g.kind == STATE}
+        others = without(structure, states)
+        whole = tuple(g for g in others.groups if g.name not in structure.entries)
         parts = [
-            kind.plant(model, optimizer, replace(structure, groups=whole, entries={}), park_on)
+            kind.plant(model, optimizer, replace(others, groups=whole, entries={}), park_on)
             for kind in self.whole
         ]
+        for kind in self.states:
+            mine = tuple(structure.groups[n] for n in states)
+            parts.append(kind.plant(model, optimizer, replace(structure, groups=mine), park_on))
         for kind in self.entries:
             mine = tuple(
                 g
@@ -124,10 +138,16 @@ def _owners(model: nn.Module, named: Names) -> dict[str, Granularity | None]:
     return {name: owner(name) for name, _ in tensors}
 
 
+def _foreign(owners: Mapping[str, Granularity | None], kind: Granularity) -> list[str]:
+    return [name for name, owner in owners.items() if str(owner) != str(kind)]
+
+
 def _apart(structure: Structure, owners: Mapping[str, Granularity | None], kind: Granularity) -> Structure:
     """Without the groups that stand in another's parameters."""
     reasons: dict[int, str] = {}
     for number, group in enumerate(structure.groups):
+        if group.kind == STATE:
+            continue
         others = [s.tensor for s in group.slices if str(owners[s.tensor]) != str(kind)]
         if others:
             owner = owners[others[0]]

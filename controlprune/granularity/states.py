@@ -33,9 +33,11 @@ from ..structure.groups import Group, Refusal, Slice, Structure, Work
 from ..structure.record import ExampleInputs
 from ..structure.untouched import untouched
 from .base import Granularity
+from .entries import fixed
 
-__all__ = ["States", "with_states"]
+__all__ = ["STATE", "States", "is_states", "with_states"]
 
+STATE = "state"  # what its groups are of
 Lengths = Mapping[str, tuple[Extent, ...]]
 
 
@@ -50,12 +52,11 @@ class States(Granularity):
     def trace(
         self, model: nn.Module, example_inputs: ExampleInputs, ignored_layers: Sequence[nn.Module | str] = ()
     ) -> Structure:
-        ignored = [*ignored_layers, *(name for name, _ in state_space_layers(model))]
-        plain = fixed(analyse(model, example_inputs, ignored_layers=ignored, check=False))
-        return with_states(plain, model, example_inputs, ignored_layers)
+        plain = fixed(analyse(model, example_inputs, ignored_layers=ignored_layers, check=False))
+        return with_states(plain, model, example_inputs, tensors_in(model, ignored_layers))
 
     def units(self, model: nn.Module, traced: Structure, ignored: Collection[str] = ()) -> Structure:
-        if not any(group.kind == "state" for group in traced.groups):
+        if not any(group.kind == STATE for group in traced.groups):
             reasons = "".join(f"\n  {r.name} ({r.size}): {r.reason}" for r in traced.refused)
             raise ValueError(
                 f"granularity={self}: no layer of this model gives system() and takes parameters_for() "
@@ -78,29 +79,39 @@ class States(Granularity):
 def with_states(
     traced: Structure,
     model: nn.Module,
-    example_inputs: ExampleInputs,
-    ignored_layers: Sequence[nn.Module | str] = (),
+    inputs: ExampleInputs,
+    ignored: Collection[str] = (),
+    foreign: Collection[str] = (),
 ) -> Structure:
-    """`traced`, and a group more for every state-space layer."""
-    ignored = tensors_in(model, ignored_layers)
+    """`traced`, and a group more for every state-space layer.
+
+    `ignored`, `foreign`: parameters to be left alone, the second ones without a word.
+    """
     groups, refused = list(traced.groups), list(traced.refused)
     tensors = dict(traced.tensors)
     for name, layer in state_space_layers(model):
-        lengths, reason = _lengths(name, layer, len(groups), traced, ignored)
+        prefix = f"{name}." if name else ""
+        if any(prefix + own in foreign for own, _ in layer.named_parameters()):
+            continue
+        lengths, reason = _lengths(prefix, layer, len(groups), traced, ignored)
         if reason:
             refused.append(Refusal(group_name(name), states_of(layer), reason))
         else:
             groups.append(_group(name, layer, lengths))
             tensors |= lengths
     found = replace(traced, groups=tuple(groups), refused=tuple(refused), tensors=tensors)
-    return _costed(found, len(traced.groups), model, example_inputs, ignored_layers)
+    return _costed(found, len(traced.groups), model, inputs)
+
+
+def is_states(name: str) -> bool:
+    """Is that what the group of a layer's states is called?"""
+    return group_name(layer_name(name)) == name
 
 
 def _lengths(
-    name: str, layer: nn.Module, group: int, traced: Structure, ignored: Collection[str]
+    prefix: str, layer: nn.Module, group: int, traced: Structure, ignored: Collection[str]
 ) -> tuple[Lengths, str]:
     """The extents of the layer's parameters over its states; or why it is left alone."""
-    prefix = f"{name}." if name else ""
     space = cast(StateSpace, layer)
     try:
         values_of(layer)
@@ -141,7 +152,7 @@ def _group(name: str, layer: nn.Module, lengths: Lengths) -> Group:
         for dim, extent in enumerate(extents)
         if not isinstance(extent, Fixed)
     )
-    return Group(group_name(name), states_of(layer), "state", slices, step=1, returns=False)
+    return Group(group_name(name), states_of(layer), STATE, slices, step=1, returns=False)
 
 
 def _affine(now: int, less: int, units: Units) -> Extent:
@@ -154,25 +165,18 @@ def _affine(now: int, less: int, units: Units) -> Extent:
     return Concat((Fixed(rest), grows)) if rest > 0 else grows
 
 
-def _costed(
-    structure: Structure,
-    first: int,
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    ignored_layers: Sequence[nn.Module | str],
-) -> Structure:
+def _costed(structure: Structure, first: int, model: nn.Module, inputs: ExampleInputs) -> Structure:
     """With work, traffic and activations over the states too; their groups begin with number `first`."""
     groups = {layer_name(g.name): Units(k, g.size) for k, g in enumerate(structure.groups) if k >= first}
     if not groups:
         return structure
-    ignored = [*ignored_layers, *(name for name, _ in state_space_layers(model))]
     widths = tuple(n - 1 if k >= first else n for k, n in enumerate(structure.sizes))
     with (
-        untouched(model, example_inputs),
+        untouched(model, inputs),
         at_widths(model, structure, first_units(model, structure, widths), widths),
     ):
         try:
-            less = analyse(model, example_inputs, ignored_layers=ignored, check=False)
+            less = analyse(model, inputs, check=False)
         except ValueError as error:
             raise ValueError(
                 f"model: with a state less in each of {', '.join(groups)} its forward fails ({error}); "
@@ -234,22 +238,3 @@ def _number(work: Work) -> int:
     for factor in work.factors:
         found *= size(factor)
     return found
-
-
-def fixed(structure: Structure) -> Structure:
-    """With no units at all: every length is what it is."""
-
-    def plain(work: Work) -> Work:
-        return replace(work, factors=tuple(Fixed(size(factor)) for factor in work.factors))
-
-    return replace(
-        structure,
-        groups=(),
-        refused=(),
-        tensors={name: tuple(Fixed(size(e)) for e in extents) for name, extents in structure.tensors.items()},
-        attributes=(),
-        norms=(),
-        work=tuple(map(plain, structure.work)),
-        traffic=tuple(map(plain, structure.traffic)),
-        activations=tuple(map(plain, structure.activations)),
-    )

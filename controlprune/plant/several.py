@@ -8,8 +8,9 @@ No parameter belongs to two (granularity/several.py), so that what one does the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,7 @@ class SeveralPlants(BasePlant):
         self.model, self.optimizer, self.structure, self.park_on = model, optimizer, structure, park_on
         self.parts = tuple(parts)
         self.shrinks = any(part.shrinks for part in parts)  # type: ignore[misc]
+        self.parks = any(part.parks for part in parts)  # type: ignore[misc]
 
     def _split(self, masks: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         left, found = list(masks), []
@@ -56,7 +58,12 @@ class SeveralPlants(BasePlant):
 
     @property
     def compact(self) -> bool:  # type: ignore[override]
-        return any(part.compact for part in self.parts)
+        """Are those out of the tensors that could stand in them?"""
+        return any(part.compact for part in self.parts if part.parks or not self.parks)
+
+    def widths_at(self, masks: Sequence[Tensor], compact: bool) -> tuple[int, ...]:
+        pairs = zip(self.parts, self._split(masks), strict=True)
+        return tuple(n for part, own in pairs for n in part.widths_at(own, compact and part.shrinks))
 
     @property
     def spots(self) -> tuple[Spot, ...]:
@@ -64,8 +71,11 @@ class SeveralPlants(BasePlant):
 
     @property
     def portable(self) -> tuple[Structure, Masks]:
-        found = [part.portable for part in self.parts if part.shrinks]
-        return found[0] if found else self.parts[0].portable
+        shrinking = [part for part in self.parts if part.shrinks]  # they come first
+        if not shrinking:
+            return self.parts[0].portable
+        masks = tuple(mask for part in shrinking for mask in part.masks)
+        return replace(self.structure, groups=self.structure.groups[: len(masks)], entries={}), masks
 
     def project(self, masks: Masks) -> Masks:
         pairs = zip(self.parts, self._split(masks), strict=True)
@@ -81,7 +91,8 @@ class SeveralPlants(BasePlant):
                 f"masks: got {len(masks)} for {len(self.structure.groups)} groups; give one for each"
             )
         with ExitStack() as undo:
-            for part, own in zip(self.parts, self._split(masks), strict=True):
+            pairs = zip(self.parts, self._split(masks), strict=True)
+            for part, own in sorted(pairs, key=lambda pair: not pair[0].parks):  # these cannot be undone
                 undo.callback(part.apply, part.masks, compact=part.compact)
                 part.apply(own, compact=compact and not all(bool(m.all()) for m in own))
             undo.pop_all()
@@ -120,6 +131,27 @@ class SeveralPlants(BasePlant):
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
         rows = [part.gate_gradient(only) for part in self.parts]
         return torch.cat([row.to(rows[0].device) for row in rows])
+
+    def shares(self) -> Tensor | None:
+        found = [(part.shares(), sum(part.structure.sizes)) for part in self.parts]
+        if all(shares is None for shares, _ in found):
+            return None
+        return torch.cat([torch.ones(units) if shares is None else shares for shares, units in found])
+
+    @property
+    def error_bounds(self) -> Mapping[str, float]:
+        return {name: bound for part in self.parts for name, bound in part.error_bounds.items()}
+
+    @property
+    def mark(self) -> Sequence[int]:
+        return [word for part in self.parts for word in part.mark]
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        with ExitStack() as all_of_them:
+            for part in self.parts:
+                all_of_them.enter_context(part.loading())
+            yield
 
     def weight_norms(self) -> list[Tensor]:
         return [norms for part in self.parts for norms in part.weight_norms()]

@@ -28,7 +28,6 @@ from ..plant.hooks import Link
 from ..plant.joint import members
 from ..plant.masks import from_bits, to_bits
 from ..structure.extents import size
-from ..structure.groups import widths_of
 from .saver import Saver
 
 __all__ = ["Checkpoints"]
@@ -86,7 +85,7 @@ class Checkpoints:
             self._take_unmarked(state, prefix)
         else:
             masks, compact = self._parsed(saved)
-            wrong = self._misfit(state, prefix, masks if compact else None)
+            wrong = self._misfit(state, prefix, self.plant.widths_at(masks, compact))
             if wrong:
                 raise ValueError(f"state_dict: {wrong} has not the shape that its masks say; it is corrupt")
             with self.plant.loading():
@@ -136,8 +135,7 @@ class Checkpoints:
     def _take_unmarked(self, state: Mapping[str, Any], prefix: str) -> None:
         """A dict that does not say which units it holds."""
         plant = self.plant
-        present = plant.masks if plant.compact else None
-        if not self._misfit(state, prefix, present) and (plant.compact or plant.quiet(state, prefix)):
+        if not self._misfit(state, prefix, plant.widths) and (plant.compact or plant.quiet(state, prefix)):
             return
         wrong = self._misfit(state, prefix, None)
         if wrong:
@@ -149,9 +147,8 @@ class Checkpoints:
         with plant.loading():
             self.relayout(tuple(torch.ones_like(m) for m in plant.masks), False)
 
-    def _misfit(self, state: Mapping[str, Any], prefix: str, masks: tuple[Tensor, ...] | None) -> str:
-        """The first tensor whose shape is not that of the given masks (`None`: dense)."""
-        widths = None if masks is None else widths_of(masks)
+    def _misfit(self, state: Mapping[str, Any], prefix: str, widths: tuple[int, ...] | None) -> str:
+        """The first tensor whose shape is not that of the given widths (`None`: dense)."""
         for name, extents in self.plant.structure.tensors.items():
             value = state.get(prefix + name)
             if isinstance(value, Tensor) and tuple(value.shape) != tuple(size(e, widths) for e in extents):
