@@ -11,7 +11,7 @@ import pytest
 import torch
 from rig import QUICK, Rig, assert_same_bits, bits, hooks, rig, timeless
 
-RESTLESS = replace(QUICK, revise_every=2, dwell=0, hysteresis=0.0)  # masks move a lot
+RESTLESS = replace(QUICK, revise_every=2, dwell=0, hysteresis=0.0, stages=6)  # masks move a lot
 ORDERS = list(itertools.permutations(("model", "optimizer", "controller")))
 
 
