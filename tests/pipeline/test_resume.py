@@ -11,7 +11,10 @@ import pytest
 import torch
 from rig import QUICK, Rig, assert_same_bits, bits, hooks, rig, timeless
 
-RESTLESS = replace(QUICK, revise_every=2, dwell=0, hysteresis=0.0, stages=6)  # masks move a lot
+import controlprune as cp
+
+PLAN = cp.Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)
+RESTLESS = replace(QUICK, plan=PLAN, stages=6, revise_every=2, dwell=0, hysteresis=0.0)  # masks move a lot
 ORDERS = list(itertools.permutations(("model", "optimizer", "controller")))
 
 
