@@ -99,6 +99,8 @@ RUNNERS = {  # where a module of the user's, or a copy, may be called: attach's 
     "cost/latency.py",
     "cost/memory.py",
     "cost/survey.py",
+    "structure/branches.py",
+    "granularity/layers.py",
     "loop/teacher.py",  # a copy, which the user calls
 }
 OWN = {"app", "ssm", "integrations"}  # the command line's tasks are its own models
