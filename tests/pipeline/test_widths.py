@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from controlprune.structure.record import reference_kernels
 from controlprune.structure.standins import StandIn
 
 STEPS, WIDTH = 60, 32
+PLAN = cp.Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)  # in which the width is cut too
 
 
 class Block(nn.Module):
@@ -126,7 +127,7 @@ def start(case: str) -> Run:
         budget=cp.Budget(flops=0.25),
         example_inputs=(batch(0)[0],),
         total_steps=STEPS,
-        policy=QUICK,
+        policy=replace(QUICK, plan=PLAN, stages=6),
     )
     return Run(model, optimizer, controller, batch)
 
