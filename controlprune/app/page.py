@@ -26,6 +26,12 @@ from ..state.files import replacing
 __all__ = ["Assumed", "page", "write_page"]
 
 COLOURS = ("#1f77b4", "#d1701f", "#2f8f4e", "#8a4fa3", "#a8862a", "#c24b5a")
+GROUPS = {  # an axis of names, also where they are numbers
+    "type": "category",
+    "autorange": "reversed",
+    "automargin": True,
+    "tickfont": {"size": 9},
+}
 JOULES_PER_KWH = 3.6e6
 Figure = tuple[str, str, list[dict[str, Any]], dict[str, Any]]  # id, title, traces, layout
 
@@ -99,7 +105,7 @@ def _map(name: str, history: History) -> Figure:
     ]
     layout = {
         "height": max(220, 60 + 16 * len(sizes)),
-        "yaxis": {"autorange": "reversed", "automargin": True, "tickfont": {"size": 9}},
+        "yaxis": GROUPS,
         "xaxis": {"title": {"text": "optimizer step"}},
         "annotations": events,
     }
@@ -150,7 +156,7 @@ def _widths(history: History) -> Figure:
     layout = {
         "barmode": "overlay",
         "height": max(220, 80 + 16 * len(names)),
-        "yaxis": {"autorange": "reversed", "automargin": True, "tickfont": {"size": 9}},
+        "yaxis": GROUPS,
         "xaxis": {"title": {"text": "units"}},
     }
     return "widths", "Widths before and after", traces, layout
