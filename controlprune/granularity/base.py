@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..plant.base import BasePlant
+from ..plant.base import BasePlant, is_sharded
 from ..structure.analyse import analyse
 from ..structure.groups import Structure
 from ..structure.record import ExampleInputs
@@ -64,4 +64,11 @@ class Granularity(ABC):
             raise ValueError(
                 f"budget: {', '.join(wrong)} does not fall with granularity={self!s}: its zeros stay in the "
                 'tensors. Give flops or params, which count what is not zero, or granularity="channel"'
+            )
+
+    def require_whole(self, model: nn.Module) -> None:
+        """ValueError if this process holds only a part of the parameters (FSDP2)."""
+        if is_sharded(model):
+            raise ValueError(
+                f'granularity={self!s}: sharded parameters can be pruned by channel only; give "channel"'
             )

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..plant.base import is_sharded
 from ..plant.plant import Plant
 from ..structure.analyse import tensors_in
 from ..structure.branches import Found, branches_of
@@ -77,10 +76,7 @@ class Layers(Granularity):
         structure: Structure,
         park_on: torch.device | None = None,
     ) -> Plant:
-        if is_sharded(model):
-            raise ValueError(
-                f'granularity={self}: sharded parameters can be pruned by channel only; give "channel"'
-            )
+        self.require_whole(model)
         return Channels().plant(model, optimizer, structure, park_on)
 
 

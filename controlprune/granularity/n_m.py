@@ -63,7 +63,7 @@ class NofM(Weights):
         structure: Structure,
         park_on: torch.device | None = None,
     ) -> PatternPlant:
-        super().plant(model, optimizer, structure, park_on)  # an error where there can be none
+        self.require_whole(model)
         return PatternPlant(model, optimizer, structure, self.m)
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..plant.base import is_sharded
 from ..ssm.layer import StateSpace, state_space_layers
 from ..ssm.plant import StatePlant, group_name, layer_name, read_by
 from ..ssm.resize import first_states
@@ -71,8 +70,7 @@ class States(Granularity):
         structure: Structure,
         park_on: torch.device | None = None,
     ) -> StatePlant:
-        if is_sharded(model):
-            raise ValueError(f'granularity={self}: sharded parameters can be cut by channel only: "channel"')
+        self.require_whole(model)
         return StatePlant(model, optimizer, structure)
 
 

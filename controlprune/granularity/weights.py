@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..plant.base import is_sharded
 from ..plant.entries import EntryPlant
 from ..structure.groups import Group, Refusal, Structure
 from .base import Granularity
@@ -49,10 +48,7 @@ class Weights(Granularity):
         structure: Structure,
         park_on: torch.device | None = None,
     ) -> EntryPlant:
-        if is_sharded(model):
-            raise ValueError(
-                f'granularity={self}: sharded parameters can be pruned by channel only; give "channel"'
-            )
+        self.require_whole(model)
         return EntryPlant(model, optimizer, structure)
 
 

@@ -131,7 +131,7 @@ class EntryPlant(BasePlant):
         self._hardened = False
         self._exact = all(type(member) in KEEPS_ZERO for member in members(optimizer))
 
-    # --- units and entries: one and the same here, tiles of them in blocks.py -----------------------
+    # --- units and entries: one and the same here, a subclass may keep them apart -------------------
 
     def _entries(self, place: Place, mask: Tensor) -> Tensor:
         """A mask of units as one of entries, in the parameter's shape."""
