@@ -13,15 +13,13 @@ Where the loop will read gradients of dormant weights (`expect`), they are put a
 follow the scale of `.grad` (unscaling, clipping) until they are read. Among replicas such a gradient is
 masked only when it is averaged.
 
-`m` is −1 (all bits) or 0, one int8 a weight on the weight's device: masking is a bitwise AND, for which NaN
-and inf are zero like any other. In files a mask takes a bit a weight.
+What masking one parameter is, plant/place.py. In files a mask takes a bit a weight.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace as changed
 from typing import Any, ClassVar
 
@@ -29,88 +27,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..structure.groups import Group, Structure
+from ..structure.groups import Structure
 from .base import BasePlant, Kind
 from .gate_gradients import Later
 from .hooks import Link
 from .interrupts import uninterrupted
 from .joint import members
 from .masks import Masks, all_on, checked, from_bits, to_bits
+from .place import Place, dense, silence_
 from .rest import elsewhere
 
-__all__ = ["EntryPlant", "silence_"]
+__all__ = ["EntryPlant"]
 
 KEEPS_ZERO = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax, torch.optim.NAdam,
     torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Rprop,
     torch.optim.ASGD,
 )  # fmt: skip
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def silence_(tensor: Tensor, keep: Tensor) -> None:
-    """Zero where `keep` (int8) is 0, the same bits where it is −1; in place, unseen by autograd."""
-    if tensor.layout == torch.sparse_coo:  # rows of an embedding
-        tensor, keep = tensor._values(), keep[tensor._indices()[0]]
-    bits = BITS.get(tensor.element_size())
-    if bits is None:  # complex128
-        tensor.data.mul_(keep.bool())
-    else:
-        tensor.data.view(bits).bitwise_and_(keep)
-
-
-@dataclass
-class Place:
-    """One parameter whose entries are units, or belong to them."""
-
-    group: Group
-    parameter: nn.Parameter
-    keep: Tensor | None = None  # None: every unit is on
-    version: int = -1  # of the weights, when they were last known to be masked
-    known: Callable[[], Tensor | None] = lambda: None  # the gradient that is masked
-    grad_version: int = -1
-    aside: Tensor | None = None  # of dormant entries, Σ over backward passes
-    norm: Tensor | None = None  # of the masked gradient, when that was put aside
-
-    def silence_gradient(self) -> None:
-        gradient, keep = self.parameter.grad, self.here
-        if gradient is None or keep is None:
-            return
-        if self.known() is not gradient or gradient._version != self.grad_version:
-            silence_(gradient, keep)
-            self.known, self.grad_version = weakref.ref(gradient), gradient._version
-
-    def put_aside(self) -> None:
-        """What of the gradient is dormant, before it is masked."""
-        gradient, keep = self.parameter.grad, self.here
-        if gradient is None or keep is None:
-            return
-        part = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach().clone()
-        silence_(part, ~keep)
-        self.aside = part if self.aside is None else self.aside + part
-        self.known = lambda: None
-        self.silence_gradient()
-        self.norm = torch.linalg.vector_norm(_dense(gradient))
-
-    @property
-    def here(self) -> Tensor | None:
-        """The mask, where the weights are now."""
-        if self.keep is not None and self.keep.device != self.parameter.device:
-            self.keep = self.keep.to(self.parameter.device)
-        return self.keep
-
-    def gradient(self) -> Tensor | None:
-        """∂w of every entry at the scale that `.grad` has now."""
-        if self.parameter.grad is None:
-            return None
-        now = _dense(self.parameter.grad)
-        if self.aside is None:
-            return now
-        ratio = 1.0
-        if self.norm is not None:
-            size = torch.linalg.vector_norm(now)
-            ratio = torch.where(self.norm > 0, size / self.norm, 1.0)
-        return now + self.aside * ratio
 
 
 class EntryPlant(BasePlant):
@@ -171,7 +104,7 @@ class EntryPlant(BasePlant):
             for place, keep in zip(self._places, new, strict=True):
                 for known in (place.here, keep):
                     if known is not None:
-                        self._silence_all(place, known)
+                        place.silence_all(known, self.optimizer)
                 place.keep, place.aside = keep, None
                 place.version, place.known = place.parameter._version, lambda: None
         self._unhook()
@@ -183,19 +116,6 @@ class EntryPlant(BasePlant):
         weights = place.parameter
         keep = torch.empty_like(weights, dtype=torch.int8, requires_grad=False)
         return keep.copy_(self._entries(place, mask).to(weights.device)).neg_()
-
-    def _silence_all(self, place: Place, keep: Tensor) -> None:
-        parameter = place.parameter
-        silence_(parameter, keep)
-        if parameter.grad is not None:
-            silence_(parameter.grad, keep)
-        for key, value in self._state(parameter):
-            if value.shape == parameter.shape and value.layout == torch.strided and key != "step_size":
-                silence_(value, keep)  # Rprop's step_size is a rate, no momentum: a weight returns with it
-
-    def _state(self, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-        entries = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
-        yield from ((key, value) for key, value in entries.items() if isinstance(value, Tensor))
 
     def quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
         for place in self._places:
@@ -259,7 +179,7 @@ class EntryPlant(BasePlant):
     def arrives(self, place: Place) -> None:
         """A gradient comes; where none was there, what was put aside is of an older one."""
         gradient = place.parameter.grad
-        if self._kind is not None and (gradient is None or not bool(_dense(gradient).any())):
+        if self._kind is not None and (gradient is None or not bool(dense(gradient).any())):
             place.aside = None
 
     @torch.no_grad()
@@ -310,24 +230,12 @@ class EntryPlant(BasePlant):
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
         self._read = True
         kind = self._kind or "gate"
-        rows = [self._seen(place, kind, only) for place in self._places]
-        device = rows[0].device
-        return torch.cat([row.to(device, torch.float32) for row in rows])
-
-    def _seen(self, place: Place, kind: Kind, only: Collection[int] | None) -> Tensor:
-        weights = place.parameter.detach()
-        heard = only is None or id(place.parameter) in only
-        gradient = place.gradient() if heard else None
-        if gradient is None:
-            return torch.zeros(place.group.size, device=weights.device)
-        if kind == "entry":
-            return self._units(place, gradient)
-        gate = weights * gradient
-        if kind == "return" and place.here is not None:
-            on = place.here != 0
-            size = (weights.square().sum() / on.sum()).sqrt()
-            gate = torch.where(on, gate, -size * gradient.abs())
-        return self._units(place, gate)
+        rows = []
+        for place in self._places:
+            seen = place.seen(kind) if only is None or id(place.parameter) in only else None
+            row = place.parameter.new_zeros(place.group.size) if seen is None else self._units(place, seen)
+            rows.append(row.to(self._places[0].parameter.device, torch.float32))
+        return torch.cat(rows)
 
     @torch.no_grad()
     def weight_norms(self) -> list[Tensor]:
@@ -366,7 +274,3 @@ class _Arrival:
 
     def __reduce__(self) -> tuple[type[_Arrival], tuple[None, None]]:
         return _Arrival, (None, None)
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
