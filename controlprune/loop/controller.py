@@ -5,10 +5,9 @@ How it runs inside is loop/run.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +17,16 @@ from ..cost.problem import require_steps
 from ..plant.base import BasePlant
 from ..plant.interrupts import uninterrupted
 from ..plant.masks import checked
-from ..policies.base import Decision
 from ..structure.groups import Group, widths_of
-from ..structure.portable import misfit
 from ..structure.saying import printable, warn
 from ..structure.surroundings import plainly
-from .ending import Ending
+from .ending import finish
+from .ends import Bound
 from .history import History
 from .run import Run
 from .telling import line, numbers
 
 __all__ = ["Controller", "Cost"]
-
-log = logging.getLogger("controlprune")
-CORRECTIONS = 4  # of a measured resource that finalize finds above its limit
-READINGS = 2  # times, before anything is decided
-TOLD = 0.05  # of a limit: a measured use further above it is said
 
 
 @dataclass(frozen=True)
@@ -53,11 +46,18 @@ class Cost:
         return self.value / self.dense
 
 
-class Controller:
+def at_work(run: Run, what: str) -> Run:
+    """RuntimeError if it was ended; `what` was called."""
+    if not run.live:
+        raise RuntimeError(f"{what}: this controller was finalized or detached; attach a new one")
+    return run
+
+
+@dataclass(repr=False, eq=False)
+class Controller(Bound):
     """A run under control. `step(loss)` after `optimizer.step()`; `finalize()` at the end."""
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    _run: Run
 
     # --- what the user reads --------------------------------------------------------------------
 
@@ -123,9 +123,9 @@ class Controller:
 
     @budget.setter
     def budget(self, budget: Budget | Price) -> None:
-        self._require_live("budget")
+        run = at_work(self._run, "budget")
         require_budget(budget)
-        self._run.retarget(budget, self.total_steps)
+        run.retarget(budget, self.total_steps)
 
     @property
     def total_steps(self) -> int:
@@ -134,13 +134,13 @@ class Controller:
 
     @total_steps.setter
     def total_steps(self, steps: int) -> None:
-        self._require_live("total_steps")
+        run = at_work(self._run, "total_steps")
         require_steps(steps)
         if steps < self.steps:
             raise ValueError(
                 f"total_steps={steps}: {self.steps} are done already; give at least as many, or finalize()"
             )
-        self._run.retarget(self.budget, steps)
+        run.retarget(self.budget, steps)
 
     @property
     def live(self) -> bool:
@@ -194,13 +194,13 @@ class Controller:
         It may be called for each of several batches whose gradients accumulate, or once for all of them. Of a
         loop without an optimizer it reads the gradients, so there it comes before `zero_grad`.
         """
-        self._require_live("step")
-        if self.steps == self._run.problem.total_steps:
+        run = at_work(self._run, "step")
+        if self.steps == self.total_steps:
             warn(
                 f"controlprune: step {self.steps + 1} is past total_steps={self.steps}; the masks hold from "
                 "here on",
             )
-        self._run.step(loss)
+        run.step(loss)
 
     def replicate(self, ddp: nn.Module) -> None:
         """`ddp` is DistributedDataParallel around the model: its ranks decide together from here on."""
@@ -212,44 +212,40 @@ class Controller:
 
     # --- by hand --------------------------------------------------------------------------------
 
-    def _gone(self) -> str:
-        """Groups that have lost units for good."""
-        pairs = zip(self.groups, self.plant.masks, strict=True)
-        return ", ".join(group.name for group, mask in pairs if not group.returns and not mask.all())
-
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Exactly these masks until the next update; groups that are not named keep theirs."""
-        self._require_live("set_masks")
+        run = at_work(self._run, "set_masks")
         if not isinstance(masks, Mapping):
             raise TypeError(f"masks={type(masks).__name__}: give a mapping from group name to a bool tensor")
-        names = self._run.problem.structure.names
+        structure, names = run.problem.structure, run.problem.structure.names
         unknown = [name for name in masks if name not in names]
         if unknown:
             raise ValueError(f"masks: no group is called {unknown[0]!r}; the groups are {', '.join(names)}")
         now = dict(zip(names, self.plant.masks, strict=True))
-        wanted = checked([masks.get(name, now[name]) for name in names], self._run.problem.structure)
+        wanted = checked([masks.get(name, now[name]) for name in names], structure)
         for group, asked, can in zip(self.groups, wanted, self.plant.project(wanted), strict=True):
             if not group.returns and not torch.equal(asked, can):
                 raise ValueError(
                     f"masks: {group.name!r} cannot have this mask, the nearest has {int(can.sum())} on; its "
                     "units go from the last one, and never come back"
                 )
-        self._run.relayout(wanted, self.plant.compact)
+        run.relayout(wanted, self.plant.compact)
 
     def shrink(self) -> None:
         """Take dormant units out of the tensors, now."""
-        self._require_live("shrink")
-        self._run.relayout(self.plant.masks, True)
+        run = at_work(self._run, "shrink")
+        run.relayout(run.plant.masks, True)
 
     def expand(self) -> None:
         """Put them back, exactly; they stay dormant."""
-        self._require_live("expand")
-        if gone := self._gone():
+        run = at_work(self._run, "expand")
+        masks = run.plant.masks
+        if gone := [g.name for g, m in zip(self.groups, masks, strict=True) if not (g.returns or m.all())]:
             raise ValueError(
-                f"expand: units of {gone} were truncated away, in a basis that is no longer there; they "
-                "never come back"
+                f"expand: units of {', '.join(gone)} were truncated away, in a basis that is no longer "
+                "there; they never come back"
             )
-        self._run.relayout(self.plant.masks, False)
+        run.relayout(masks, False)
 
     @plainly
     def follow(self, model: nn.Module) -> None:
@@ -259,13 +255,13 @@ class Controller:
         now. Followers are saved with the controller, in their order; they may be given before it is loaded or
         after.
         """
-        self._require_live("follow")
+        run = at_work(self._run, "follow")
         if not all(group.returns for group in self.groups):
             raise ValueError(
                 "follow: states are cut in another basis each time, in which an average with older weights "
                 "means nothing; begin the average when the states are cut"
             )
-        self._run.follow(model)
+        run.follow(model)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -278,112 +274,29 @@ class Controller:
         gets the gathered weights and becomes the small one; the sharded model stays masked, without hooks.
         Without it, FSDP2's model itself becomes small and stays sharded.
         """
-        self._require_live("finalize")
-        sharded = self.plant.group is not None
-        if (into is None and sharded and not self.plant.shrinks) or (into is not None and not sharded):
-            raise ValueError(
-                "into: sharded parameters keep their shapes; give finalize(into=model) a plain dense model "
-                "of the same class on every rank, which becomes the small one"
-                if into is None
-                else "into: only where the parameters are sharded; call finalize()"
-            )
-        if into is not None and (wrong := misfit(self.plant.structure, into)):
-            raise ValueError(f"into: {wrong}; give a plain dense model of the class that is sharded")
-        run, plant = self._run, self.plant
-        run.checkpoints.require_admitted()
-        before, was_compact = plant.masks, plant.compact
-        decision = self._last_decision(before, into)
-        if any(bool((was & ~now).any()) for was, now in zip(before, decision.masks, strict=True)):
-            use = [run.policy.realised(widths_of(masks)) for masks in (before, decision.masks)]
-            log.warning(Ending(self.steps, self.total_steps, run.intake.runs).message(*use))
-        if run.policy.ends_in_budget:
-            self._say_what_is_missed(decision)
-        run.event = "finalize"
-        run.write(decision, before, was_compact)
-        small = plant.model if into is None else plant.gathered(into)
-        for one in (plant, *run.followers):
-            one.harden()
-        run.close(small=into is None)
-        return small
-
-    def _last_decision(self, before: tuple[Tensor, ...], into: nn.Module | None) -> Decision:
-        """What the policy ends with, laid out; where a clock is under budget, as the clock agrees."""
-        run, plant = self._run, self.plant
-        gauged = run.metering.senses
-        for _ in range(READINGS if gauged else 0):
-            run.measure()  # no unit goes, or stays, for one bad measurement
-        decision = self._final(before, into)
-        run.relayout(decision.masks, into is None)
-        for _ in range(CORRECTIONS if gauged else 0):
-            decision = self._final(before, into)  # what was measured just now counts, both ways
-            if all(torch.equal(a, b) for a, b in zip(decision.masks, plant.masks, strict=True)):
-                break
-            run.relayout(decision.masks, True)
-        return decision
-
-    def _final(self, masks: tuple[Tensor, ...], into: nn.Module | None) -> Decision:
-        """From these masks. None of the policy means: as it is."""
-        decision = self._run.decide(replace(self._run.observation(final=True), masks=masks))
-        return Decision(self.plant.masks, into is None) if decision is None else decision
-
-    def _say_what_is_missed(self, decision: Decision) -> None:
-        use = self._run.policy.realised(widths_of(decision.masks))
-        over = [
-            f"{name} is {use[name]:.3g} of dense, {limit:.3g} was asked"
-            for name, limit in self._run.problem.budget.items()
-            if name in self._run.problem.measured and use[name] > limit * (1.0 + TOLD)
-        ]
-        beyond = [
-            f"{name} is {use[name]:.4g} of dense, {limit:.4g} was asked"
-            for name, limit in self._run.problem.budget.items()
-            if name not in self._run.problem.measured and use[name] > limit * (1.0 + 1e-9)
-        ]
-        if beyond:
-            warn(
-                f"controlprune: finalize: the policy ended above its budget: {'; '.join(beyond)}. Its "
-                "decide() is asked once more at the end (observation.final): masks within it must come then",
-            )
-        if over:
-            warn(
-                f"controlprune: finalize: {'; '.join(over)}; no smaller net was found, as measured just now. "
-                "Loosen it, or look for what else ran on this machine",
-            )
+        return finish(at_work(self._run, "finalize"), into)
 
     @uninterrupted
     def detach(self) -> nn.Module:
         """The model as it was found: dense, with all learned weights, no hooks."""
-        self._require_live("detach")
-        run = self._run
+        run = at_work(self._run, "detach")
         for plant in (run.plant, *run.followers):
             plant.release()
         run.replicas.reshaped()
         run.close()
         return run.plant.model
 
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise TypeError(
-            "controller: it belongs to one model and its optimizer and cannot be copied or pickled; keep its "
-            "state_dict(), or attach a new one to the copies and load it there"
-        )
-
-    def _require_live(self, what: str) -> None:
-        if not self._run.live:
-            raise RuntimeError(f"{what}: this controller was finalized or detached; attach a new one")
-
     # --- saved and restored ---------------------------------------------------------------------
 
     def sync(self) -> None:
         """Read the steps since the last update now, on every rank: call it before only one rank saves."""
-        self._require_live("sync")
-        self._run.read()
+        at_work(self._run, "sync").read()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the loop needs to go on as if it had not stopped: plain containers, a copy."""
-        self._require_live("state_dict")
-        return self._run.state_dict()
+        return at_work(self._run, "state_dict").state_dict()
 
     @uninterrupted
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
-        self._require_live("load_state_dict")
-        self._run.load_state_dict(state)
+        at_work(self._run, "load_state_dict").load_state_dict(state)

@@ -5,19 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from torch import Tensor
 
 from ..plant.base import BasePlant
 
-__all__ = ["abandon", "apply_to_all"]
+__all__ = ["Bound", "abandon", "apply_to_all"]
 
 log = logging.getLogger("controlprune")
 
 
 class Removable(Protocol):
     def remove(self) -> None: ...
+
+
+class Bound:
+    """What belongs to one model and its optimizer: `copy`, `deepcopy` and `pickle` are refused."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "controller: it belongs to one model and its optimizer and cannot be copied or pickled; keep its "
+            "state_dict(), or attach a new one to the copies and load it there"
+        )
 
 
 def apply_to_all(plants: Sequence[BasePlant], masks: Sequence[Tensor], *, compact: bool) -> None:

@@ -177,9 +177,7 @@ class Run:
             self.intake.before_step(optimizer, returned, read=read)
         except Changed as error:
             self._hold_still(error)
-        except (
-            Exception
-        ) as error:  # what can't be observed on this model is given up, and the training goes on
+        except Exception as error:  # what can't be observed here is given up, and the training goes on
             self._blind = True
             warn(
                 f"controlprune: gate gradients cannot be read here ({type(error).__name__}: {error}); "
@@ -297,9 +295,8 @@ class Run:
 
     def _hold_still(self, error: Exception) -> None:
         self._stuck = True
-        warn(
-            f"controlprune: from step {self.steps + 1} on nothing is controlled, the masks hold: {error}",
-        )
+        step = self.steps + 1
+        warn(f"controlprune: from step {step} on nothing is controlled, the masks hold: {error}")
 
     @uninterrupted
     @plainly

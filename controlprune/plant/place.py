@@ -70,7 +70,7 @@ class Place:
         gradient, keep = self.parameter.grad, self.here
         if gradient is None or keep is None:
             return
-        part = gradient.detach().todense() if gradient.layout != torch.strided else gradient.detach().clone()
+        part = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach().clone()
         silence_(part, ~keep)
         self.aside = part if self.aside is None else self.aside + part
         self.known = lambda: None
@@ -112,4 +112,4 @@ class Place:
 
 
 def dense(gradient: Tensor) -> Tensor:
-    return gradient.detach().todense() if gradient.layout != torch.strided else gradient.detach()
+    return gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
