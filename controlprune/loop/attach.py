@@ -21,9 +21,8 @@ from ..cost.forward_time import Gauge
 from ..cost.grid import Steps, group_multiples
 from ..cost.instruments import Instruments
 from ..cost.optimizer_state import require_carried
-from ..cost.problem import Problem, pose, require_steps
-from ..cost.survey import EXACT, Bench, Survey, exact_costs, survey
-from ..cost.uses import own_costs
+from ..cost.problem import require_steps
+from ..cost.survey import EXACT, Bench, survey
 from ..granularity.base import Granularity
 from ..granularity.parse import granularity_of
 from ..plant.base import is_sharded
@@ -37,10 +36,13 @@ from ..structure.record import batch_size
 from ..structure.surroundings import plainly
 from ..structure.traced import Traced
 from .controller import Controller
+from .metering import Metering
 from .plain_model import require_plain_model
-from .replicas import several, unwrapped
+from .replicas import Replicas, several, unwrapped
 from .run import Run, require_unattached
 from .telling import Progress
+from .terms import Terms, resources
+from .together import Together
 
 __all__ = ["attach"]
 
@@ -83,16 +85,55 @@ def attach(
     given, model = model, unwrapped(model)[0] if isinstance(model, nn.Module) else model
     _check_arguments(model, budget, total_steps, policy)
     kind = granularity_of(granularity)
-    kind.require(_named(budget), [own.name for own in budget.own if own.measure is None])
-    if not kind.returns and getattr(policy, "shrink", True) is False:
-        raise ValueError(
-            f"policy: with granularity={kind!s} units leave the tensors at once; leave shrink=True"
-        )
+    _check_granularity(kind, budget, policy)
     stepper = as_one(optimizer)
     require_nothing_beside(stepper)
     instruments = _metered(instruments or Instruments(), budget, model)
     parking = _parking(park_on)
     sharded = _sharded(model, example_inputs, policy)
+    structure, batch = _units(kind, model, example_inputs, ignored_layers, budget)
+    _check_optimizer_covers(model, stepper, structure)
+    if not sharded:
+        require_carried(stepper, _touched(model, structure))
+    named, measures = resources(budget), round_to is None and not several()
+    timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
+    if timed:
+        settle_heap()
+    multiples = group_multiples(structure, dict(model.named_parameters()), timed=timed) if measures else ()
+    steps = Steps.of(structure, round_to, multiples, timed=timed)
+    deploy, seen = (example_inputs if deploy_inputs is None else deploy_inputs), structure
+    if deploy_inputs is not None and gauged:
+        seen = _deployed(kind, structure, model, deploy, ignored_layers)
+    bench = Bench(model, stepper, example_inputs, deploy, instruments, steps, seen)
+    found = survey(named, structure, bench, multiples)
+    terms = Terms(structure, found, budget, total_steps, batch, round_to, seed)
+    replicas = Replicas()
+    metering = Metering(terms, instruments, _gauge(terms, bench), replicas.mean_known)
+    run = Run(kind.plant(model, stepper, structure, parking), terms, policy, replicas, metering, kind)
+    controller = Controller(run, Together(run))
+    if given is not model:
+        controller.replicate(given)
+    if progress:
+        controller.on_update(Progress(sys.stderr))
+    return controller
+
+
+def _check_granularity(kind: Granularity, budget: Budget | Price, policy: Policy) -> None:
+    kind.require(resources(budget), [own.name for own in budget.own if own.measure is None])
+    if not kind.returns and getattr(policy, "shrink", True) is False:
+        raise ValueError(
+            f"policy: with granularity={kind!s} units leave the tensors at once; leave shrink=True"
+        )
+
+
+def _units(
+    kind: Granularity,
+    model: nn.Module,
+    example_inputs: Any,
+    ignored_layers: Sequence[nn.Module | str],
+    budget: Budget | Price,
+) -> tuple[Structure, int]:
+    """The units of the model, and the batch of the inputs that it was traced with."""
     if isinstance(example_inputs, Traced):
         _check_traced_alone(budget)
         traced, batch = example_inputs.structure, example_inputs.batch
@@ -101,44 +142,7 @@ def attach(
         batch = batch_size(example_inputs)
     if batch < 1:
         raise ValueError("example_inputs: the batch is empty; give one of at least one example")
-    structure = kind.units(model, traced, tensors_in(model, ignored_layers))
-    _check_optimizer_covers(model, stepper, structure)
-    if not sharded:
-        require_carried(stepper, _touched(model, structure))
-    named, measures = _named(budget), round_to is None and not several()
-    timed, gauged = (not kinds.isdisjoint(named) for kinds in (MEASURED, GAUGED))
-    if timed:
-        settle_heap()
-    multiples = group_multiples(structure, dict(model.named_parameters()), timed=timed) if measures else ()
-    steps = Steps.of(structure, round_to, multiples, timed=timed)
-    deploy, seen = example_inputs, structure
-    if deploy_inputs is not None:
-        deploy = deploy_inputs
-        seen = _deployed(kind, structure, model, deploy, ignored_layers) if gauged else structure
-    bench = Bench(model, stepper, example_inputs, deploy, instruments, steps, seen)
-    found = survey(named, structure, bench, multiples)
-
-    def settle(budget: Budget | Price, survey: Survey, total_steps: int) -> Problem:
-        return pose(
-            structure,
-            budget,
-            {**survey.costs, **exact_costs(_named(budget), structure), **own_costs(budget, structure)},
-            total_steps=total_steps,
-            round_to=round_to,
-            batch=batch,
-            seed=seed,
-            multiples=survey.multiples,
-            least=survey.least,
-        )
-
-    gauge = _gauge(budget, found, bench, structure.sizes)
-    run = Run(model, stepper, kind, budget, found, settle, total_steps, policy, instruments, gauge, parking)
-    if given is not model:
-        run.replicate(given)
-    controller = Controller(run)
-    if progress:
-        controller.on_update(Progress(sys.stderr))
-    return controller
+    return kind.units(model, traced, tensors_in(model, ignored_layers)), batch
 
 
 def _sharded(model: nn.Module, example_inputs: object, policy: Policy) -> bool:
@@ -183,7 +187,7 @@ def _deployed(
 
 
 def _check_traced_alone(budget: Budget | Price) -> None:
-    measured = [name for name in _named(budget) if name not in EXACT]
+    measured = [name for name in resources(budget) if name not in EXACT]
     if measured:
         raise ValueError(
             f"budget: {', '.join(measured)} cannot be known from a trace alone; give one of "
@@ -193,25 +197,21 @@ def _check_traced_alone(budget: Budget | Price) -> None:
 
 def _metered(instruments: Instruments, budget: Budget | Price, model: nn.Module) -> Instruments:
     """With a meter, where energy is under budget; NoMeter where there is none."""
-    if not {"energy", "train_energy"} & set(_named(budget)):
+    if not {"energy", "train_energy"} & set(resources(budget)):
         return instruments
     device = next(model.parameters()).device
     return replace(instruments, energy=choose_meter(device, instruments.energy))
 
 
-def _gauge(budget: Budget | Price, survey: Survey, bench: Bench, sizes: tuple[int, ...]) -> Gauge | None:
+def _gauge(terms: Terms, bench: Bench) -> Gauge | None:
     """Where something is measured of the forward pass itself."""
-    names = [name for name in _named(budget) if name in GAUGED]
+    names = [name for name in resources(terms.budget) if name in GAUGED]
     if not names:
         return None
-    targets = budget.targets()
+    targets = terms.budget.targets()
     relative = {name: name not in targets or targets[name].relative for name in names}
-    seconds = survey.costs["latency"].value(sizes)
+    seconds = terms.survey.costs["latency"].value(terms.structure.sizes)
     return Gauge(bench.model, bench.deploy_inputs, relative, seconds, bench.instruments)
-
-
-def _named(budget: Budget | Price) -> list[str]:
-    return [*budget.targets(), *budget.prices()]
 
 
 def _check_arguments(model: Any, budget: object, total_steps: object, policy: object) -> None:

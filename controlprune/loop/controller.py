@@ -20,11 +20,14 @@ from ..plant.masks import checked
 from ..structure.groups import Group, widths_of
 from ..structure.saying import printable, warn
 from ..structure.surroundings import plainly
+from . import following
 from .ending import finish
 from .ends import Bound
 from .history import History
 from .run import Run
+from .saved import restore, state_of
 from .telling import line, numbers
+from .together import Together
 
 __all__ = ["Controller", "Cost"]
 
@@ -58,12 +61,13 @@ class Controller(Bound):
     """A run under control. `step(loss)` after `optimizer.step()`; `finalize()` at the end."""
 
     _run: Run
+    _together: Together
 
     # --- what the user reads --------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        return self._run.model
+        return self._run.plant.model
 
     @property
     def plant(self) -> BasePlant:
@@ -105,7 +109,7 @@ class Controller(Bound):
         """Realised use of the budgeted resources, counted on the active units."""
         run, problem = self._run, self._run.problem
         use = run.policy.realised(widths_of(self.plant.masks))
-        units = {**UNITS, **{own.name: own.unit for own in run.budget.own}}
+        units = {**UNITS, **{own.name: own.unit for own in run.terms.budget.own}}
         now = {
             k: (use[k] * problem.dense[k], problem.dense[k]) for k in problem.costs if k not in problem.totals
         }
@@ -119,7 +123,7 @@ class Controller(Bound):
     @property
     def budget(self) -> Budget | Price:
         """What is asked for. It may be set during the run, tighter or looser."""
-        return self._run.budget
+        return self._run.terms.budget
 
     @budget.setter
     def budget(self, budget: Budget | Price) -> None:
@@ -204,7 +208,7 @@ class Controller(Bound):
 
     def replicate(self, ddp: nn.Module) -> None:
         """`ddp` is DistributedDataParallel around the model: its ranks decide together from here on."""
-        self._run.replicate(ddp)
+        self._together.replicate(ddp)
 
     def count_forward(self) -> None:
         """A forward pass of the dense model beside the training, a teacher's: `train_flops` has it too."""
@@ -261,7 +265,7 @@ class Controller(Bound):
                 "follow: states are cut in another basis each time, in which an average with older weights "
                 "means nothing; begin the average when the states are cut"
             )
-        run.follow(model)
+        following.follow(run, model)
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -294,9 +298,9 @@ class Controller(Bound):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the loop needs to go on as if it had not stopped: plain containers, a copy."""
-        return at_work(self._run, "state_dict").state_dict()
+        return state_of(at_work(self._run, "state_dict"))
 
     @uninterrupted
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume. The state must come from a controller of the same model; nothing changes if it does not."""
-        at_work(self._run, "load_state_dict").load_state_dict(state)
+        restore(at_work(self._run, "load_state_dict"), state)

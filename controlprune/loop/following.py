@@ -9,15 +9,13 @@ restore(run, states)  to those that are there; the others wait until they are gi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ..plant.base import named_tensors
 from ..plant.copies import fill_in
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
 
 __all__ = ["follow", "restore", "states"]
 

@@ -27,6 +27,7 @@ from ..cost.own import Own
 from ..cost.problem import Problem
 from ..cost.run_totals import Accounts
 from ..cost.survey import Survey
+from .terms import Terms
 
 __all__ = ["AGAIN", "Metering"]
 
@@ -44,21 +45,21 @@ class Metering:
 
     def __init__(
         self,
-        problem: Problem,
-        budget: Budget | Price,
+        terms: Terms,
         instruments: Instruments,
         gauge: Gauge | None,
         agree: Agree,
     ) -> None:
+        problem = terms.problem
         self.use = 1.0
         self.gauge = gauge
-        self._own = Own(problem.dense, budget)
+        self._own = Own(problem.dense, terms.budget)
         self._work, self._whole = flops(problem.structure), problem.flops
         self._sizes = problem.structure.sizes
-        self._open = lambda budget, total_steps: Accounts(
-            _run_targets(budget), total_steps, 3.0 * problem.flops, instruments
+        self._open = lambda terms: Accounts(
+            _run_targets(terms.budget), terms.total_steps, 3.0 * problem.flops, instruments
         )
-        self.accounts: Accounts = self._open(budget, problem.total_steps)
+        self.accounts: Accounts = self._open(terms)
         self._agree = agree
         self._clock = instruments.clock
         self._entered, self._spent = 0.0, 0.0  # seconds in the controller since the last step
@@ -125,13 +126,13 @@ class Metering:
         found = [Measurement(name, widths, *row) for name, row in zip(modelled, agreed, strict=True)]
         return [account for account in found if not math.isnan(account.spent)]
 
-    def retarget(self, problem: Problem, budget: Budget | Price) -> None:
-        self.accounts.retarget(_run_targets(budget), problem.total_steps)
-        self._own = Own(problem.dense, budget)
+    def retarget(self, terms: Terms) -> None:
+        self.accounts.retarget(_run_targets(terms.budget), terms.total_steps)
+        self._own = Own(terms.problem.dense, terms.budget)
 
-    def restored(self, budget: Budget | Price, total_steps: int, state: Mapping[str, Any]) -> Accounts:
+    def restored(self, terms: Terms, state: Mapping[str, Any]) -> Accounts:
         """Accounts as they were saved; nothing here changes until they are put in place."""
-        accounts = self._open(budget, total_steps)
+        accounts = self._open(terms)
         accounts.load_state_dict(state)
         return accounts
 

@@ -41,11 +41,19 @@ WORDS = 4  # of a digest, 16 bits each: their squares are summed exactly in floa
 
 
 class Follower(Protocol):
-    """What a rank without data must still do: keep step with the others, and catch up at the end."""
+    """What a run does when its replicas call (loop/together.py).
+
+    It meets the wrapper; without data it keeps step with the others, and catches up at the end; where the
+    ranks do not agree it is repaired.
+    """
+
+    def replicate(self, ddp: nn.Module) -> None: ...
 
     def step_absent(self) -> None: ...
 
     def rejoin(self, source: int) -> None: ...
+
+    def repair(self) -> None: ...
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
@@ -70,6 +78,7 @@ class Replicas:
         self.exchanges, self.bytes, self.seconds = 0, 0, 0.0
         self.repairs = 0
         self.behind = 0  # steps of the others since this rank ran out of data
+        self._follower: Callable[[], Follower | None] = lambda: None
         self._door: torch.utils.hooks.RemovableHandle | None = None
         self._where: torch.device | None = None
 
@@ -79,28 +88,36 @@ class Replicas:
 
     # --- meeting the wrapper --------------------------------------------------------------------
 
-    def watch_for_ddp(self, model: nn.Module, met: Callable[[DistributedDataParallel], None]) -> None:
-        """Call `met` with the DDP wrapper in whose forward `model` first runs."""
+    def followed_by(self, follower: Follower) -> None:
+        """Call this one. It is not kept."""
+        self._follower = weakref.ref(follower)
+
+    def watch_for_ddp(self, model: nn.Module) -> None:
+        """`replicate` with the DDP wrapper in whose forward `model` first runs."""
         if self.alone and self._door is None and several():
-            self._met = weakref.WeakMethod(met)
             self._door = model.register_forward_pre_hook(Link(self, Replicas._look))
 
     def _look(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return
         ddp = DistributedDataParallel._active_ddp_module
-        met = self._met()
-        if met is not None and ddp is not None and ddp is not self.ddp:
-            met(ddp)
+        follower = self._follower()
+        if follower is not None and ddp is not None and ddp is not self.ddp:
+            follower.replicate(ddp)
 
-    def meet(self, ddp: DistributedDataParallel, follower: Follower) -> None:
+    def meet(self, ddp: DistributedDataParallel) -> None:
         """From here on the ranks of this wrapper decide together."""
         _require_plain(ddp)
         self.close()
         self.ddp = ddp
         assert isinstance(ddp.process_group, dist.ProcessGroup)
         self.join(ddp.process_group, next(ddp.module.parameters()).device)
-        shadow(ddp, follower)
+        shadow(ddp, self._follower)
+
+    def repair(self) -> None:
+        """They did not agree."""
+        if (follower := self._follower()) is not None:
+            follower.repair()
 
     def join(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """From here on these processes decide together, exchanging tensors on `device`."""
@@ -269,10 +286,9 @@ def _require_plain(ddp: DistributedDataParallel) -> None:
         raise ValueError("model: DDP with delay_all_reduce_named_params is not supported; leave it out")
 
 
-def shadow(ddp: DistributedDataParallel, follower: Follower) -> None:
+def shadow(ddp: DistributedDataParallel, owner: Callable[[], Follower | None]) -> None:
     """Inside `ddp.join()`, a rank without data shadows the controller's exchanges too."""
-    make, owner = type(ddp).join_hook, weakref.ref(follower)
-    wrapper = weakref.ref(ddp)
+    make, wrapper = type(ddp).join_hook, weakref.ref(ddp)
 
     def join_hook(**kwargs: Any) -> Any:
         here, follower = wrapper(), owner()

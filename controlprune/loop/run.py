@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..budget import Budget, Price
-from ..cost.forward_time import Gauge
-from ..cost.instruments import Instruments
 from ..cost.measurement import Measurement
 from ..cost.problem import Problem
-from ..cost.survey import Survey
 from ..granularity.base import Granularity
 from ..plant.base import BasePlant
 from ..plant.hooks import Link
@@ -38,15 +35,15 @@ from ..state.checkpoint import Checkpoints
 from ..structure.groups import widths_of
 from ..structure.saying import warn
 from ..structure.surroundings import plainly
-from . import following, saved, together
 from .cadence import Strangers
 from .ends import abandon, apply_to_all
 from .history import Record, history_of
 from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
 from .recompile import Layouts, compilations, progress
-from .replicas import Replicas
+from .replicas import Replicas, digest
 from .telling import News, tell_attached
+from .terms import Terms
 
 __all__ = ["Run", "attached", "require_unattached"]
 
@@ -70,22 +67,16 @@ class Run:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        granularity: Granularity,
-        budget: Budget | Price,
-        survey: Survey,
-        settle: Callable[[Budget | Price, Survey, int], Problem],
-        total_steps: int,
+        plant: BasePlant,
+        terms: Terms,
         policy: Policy,
-        instruments: Instruments,
-        gauge: Gauge | None = None,
-        park_on: torch.device | None = None,
+        replicas: Replicas,
+        metering: Metering,
+        granularity: Granularity,
     ) -> None:
-        self.budget, self.survey, self.settle, self.given = budget, survey, settle, policy
-        problem = self.problem = settle(budget, survey, total_steps)
-        self.granularity = granularity
-        self.plant = granularity.plant(model, optimizer, problem.structure, park_on)
+        problem, optimizer = terms.problem, plant.optimizer
+        self.plant, self.terms, self.given, self.granularity = plant, terms, policy, granularity
+        self.replicas, self.metering = replicas, metering
         self.policy = policy.begin(problem)
         self.checkpoints = Checkpoints(self.plant, optimizer, Link(self, Run.relayout))
         self._hooks = [o.register_step_pre_hook(Link(self, Run.before_step)) for o in stepped(optimizer)]
@@ -93,8 +84,6 @@ class Run:
         self.awaited: list[Any] = []  # states of followers that were saved and are not there yet
         self.layouts = Layouts({problem.structure.sizes: 0.0})
         self._compiled_before = compilations()
-        self.replicas = Replicas()
-        self.metering = Metering(problem, budget, instruments, gauge, self.replicas.mean_known)
         self.history = history_of(problem)
         self.steps = 0
         self.intake = Intake(self.plant)
@@ -114,12 +103,11 @@ class Run:
             self, abandon, self.plant, self.followers, [*self._hooks, self._strangers, self.checkpoints]
         )
         self._end.atexit = False
-        attached[model] = weakref.ref(self)
+        attached[plant.model] = weakref.ref(self)
         tell_attached(problem)
         self._meet_shards()
         self._begin()
         self.expect()
-        self.replicas.watch_for_ddp(model, self.replicate)
 
     def _meet_shards(self) -> None:
         """Ranks that hold a part of the parameters each decide together."""
@@ -127,7 +115,7 @@ class Run:
             return
         self.layouts.compiled |= not self.plant.shrinks  # its shapes never change
         self.replicas.join(self.plant.group, next(iter(self.plant.tensors().values())).device)
-        self.replicas.mean([], together.fingerprint(self))
+        self.replicas.mean([], self.fingerprint())
         if not self.replicas.agree:
             raise ValueError(
                 "attach: its arguments differ between ranks; give the same, and one seed, on all"
@@ -142,21 +130,21 @@ class Run:
             self.write(decision, before, False)
 
     @property
-    def model(self) -> nn.Module:
-        return self.plant.model
+    def problem(self) -> Problem:
+        return self.terms.problem
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Of the tensors."""
         return self.plant.widths
 
-    @plainly
-    def state_dict(self) -> dict[str, Any]:
-        return saved.state_of(self)
-
-    @plainly
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved.restore(self, state)
+    def fingerprint(self) -> list[int]:
+        """Of all that decides: it is the same on every rank."""
+        if self.replicas.alone:
+            return []
+        plant = self.plant
+        found = [list(plant.masks), plant.compact, list(plant.mark), self.policy.state_dict()]
+        return digest([self.steps, self.terms.survey.mark, *found])
 
     # --- between two updates --------------------------------------------------------------------
 
@@ -199,7 +187,7 @@ class Run:
         trouble = self.intake.cadence.trouble(self.problem.total_steps)
         if trouble:
             warn(f"controlprune: nothing is controlled: {trouble}")
-        self.replicas.watch_for_ddp(self.model, self.replicate)
+        self.replicas.watch_for_ddp(self.plant.model)
         if self.due and self.intake.idle and self.replicas.alone:
             self.postponed = True
         elif self.due:
@@ -226,7 +214,7 @@ class Run:
     def read(self) -> None:
         """Hand the steps since the last reading to the policy."""
         own, ran, rows = self.intake.unread()
-        losses, ran = self.replicas.mean([own, ran], together.fingerprint(self))
+        losses, ran = self.replicas.mean([own, ran], self.fingerprint())
         for step in self.intake.accept(own, losses, ran, rows):
             if math.isfinite(step.loss):
                 self.loss = step.loss
@@ -258,7 +246,7 @@ class Run:
         self.layouts.compiled |= compilations() > self._compiled_before
         self.read()
         if not self.replicas.agree:
-            together.repair(self)
+            self.replicas.repair()
         self.postponed = self.replicas.present < self.replicas.size or not self.intake.fresh
         if self.postponed:
             return
@@ -321,7 +309,7 @@ class Run:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        return [p.shape for p in self.model.parameters()]
+        return [p.shape for p in self.plant.model.parameters()]
 
     def measure(self) -> None:
         """What the layout really takes. A masked net runs dense: nothing to see."""
@@ -359,12 +347,12 @@ class Run:
     @plainly
     def retarget(self, budget: Budget | Price, total_steps: int) -> None:
         """Another budget or horizon from here on."""
-        problem = self.settle(budget, self.survey, total_steps)
-        self.given.begin(problem)  # an error if the policy cannot
-        self.metering.retarget(problem, budget)
-        self.event = "budget" if budget is not self.budget else "horizon"
-        self.budget, self.problem = budget, problem
-        self.policy.retarget(problem)
+        terms = replace(self.terms, budget=budget, total_steps=total_steps)
+        self.given.begin(terms.problem)  # an error if the policy cannot
+        self.metering.retarget(terms)
+        self.event = "budget" if budget is not self.terms.budget else "horizon"
+        self.terms = terms
+        self.policy.retarget(terms.problem)
         self.history.total_steps = total_steps
         self.expect()
 
@@ -378,17 +366,3 @@ class Run:
         self.replicas.close()
         self.checkpoints.remove(small=small)
         attached.pop(self.plant.model, None)
-
-    def follow(self, model: nn.Module) -> None:
-        following.follow(self, model)
-
-    # --- as a follower of the other ranks (`loop/replicas.py`) -----------------------------------
-
-    def replicate(self, ddp: nn.Module) -> None:
-        together.replicate(self, ddp)
-
-    def step_absent(self) -> None:
-        together.step_absent(self)
-
-    def rejoin(self, source: int) -> None:
-        together.rejoin(self, source)

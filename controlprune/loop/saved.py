@@ -9,25 +9,25 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from dataclasses import astuple, replace
+from typing import Any
 
 from ..cost.measurement import Measurement
 from ..cost.problem import require_steps
 from ..cost.survey import Survey
 from ..plant.parked import parsed
 from ..state.resume import FORMAT, budget_of, plain_budget, require_alike, require_state, signed
+from ..structure.surroundings import plainly
 from . import following
 from .history import History
 from .intake import Intake
 from .recompile import Layouts
-
-if TYPE_CHECKING:
-    from .run import Run
+from .run import Run
 
 __all__ = ["restore", "state_of"]
 
 
+@plainly
 def state_of(run: Run) -> dict[str, Any]:
     """A copy, signed."""
     if run.replicas.alone:
@@ -40,8 +40,8 @@ def state_of(run: Run) -> dict[str, Any]:
         "plant": run.plant.state_dict(),
         "loop": run.policy.state_dict(),
         "history": run.history.state_dict(),
-        "budget": plain_budget(run.budget),
-        "survey": run.survey.state_dict(),
+        "budget": plain_budget(run.terms.budget),
+        "survey": run.terms.survey.state_dict(),
         "accounts": run.metering.accounts.state_dict(),
         "counts": [run.steps, run.measured_at, int(run.postponed)],
         "measurements": [_plain(found) for found in run.measurements],
@@ -54,19 +54,24 @@ def state_of(run: Run) -> dict[str, Any]:
     return signed(copy.deepcopy(state))
 
 
+@plainly
 def restore(run: Run, state: Mapping[str, Any]) -> None:
     """Go on from `state`, which must come from a run of the same model; ValueError if it does not."""
     require_state(state, run.problem.structure, type(run.given).__name__)
     try:
         state = copy.deepcopy(dict(state))
-        budget, survey = budget_of(state["budget"], run.budget.own), Survey.of(state["survey"])
-        total_steps = require_steps(state["history"]["total_steps"])
-        problem = run.settle(budget, survey, total_steps)
+        terms = replace(
+            run.terms,
+            budget=budget_of(state["budget"], run.terms.budget.own),
+            survey=Survey.of(state["survey"]),
+            total_steps=require_steps(state["history"]["total_steps"]),
+        )
+        problem = terms.problem
         policy = run.given.begin(problem)
         require_alike(policy.state_dict(), state["loop"])
         policy.load_state_dict(state["loop"])
         _blank(run.history).load_state_dict(state["history"])
-        accounts = run.metering.restored(budget, total_steps, state["accounts"])
+        accounts = run.metering.restored(terms, state["accounts"])
         require_alike({"counts": [0, 0, 0]}, {"counts": state["counts"]})
         steps, measured_at, postponed = state["counts"]
         seconds, overhead = (float(x) for x in state["seconds"])
@@ -91,8 +96,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         run.replicas.reshaped()
     following.restore(run, followers)
     run.policy, run.intake, run.layouts = policy, intake, layouts
-    run.budget, run.survey, run.problem = budget, survey, problem
-    run.metering.take(accounts, survey, run.widths)
+    run.terms = terms
+    run.metering.take(accounts, terms.survey, run.widths)
     run.history.load_state_dict(state["history"])
     run.steps, run.measured_at, run.loss, run.measurements = steps, measured_at, loss, measurements
     run.postponed = bool(postponed)
