@@ -20,7 +20,7 @@ from .sizes import bind_module_attributes
 from .surroundings import plainly
 from .tape.build import build
 from .tape.tape import Tape
-from .untouched import untouched
+from .untouched import Memory, untouched
 from .verify import verify
 
 __all__ = ["analyse", "find_groups", "require_groups", "tensors_in"]
@@ -49,8 +49,8 @@ def _traced(
     model: nn.Module, example_inputs: ExampleInputs, ignored: Collection[str]
 ) -> tuple[Structure, bool]:
     """What two forward passes tell, and whether there is one in training mode."""
-    tape = Tape(model, norms=recognised(model))
-    with untouched(model, weights=False):
+    tape, memory = Tape(model, norms=recognised(model)), Memory(model, weights=False)
+    with memory.kept():
         model.eval()
         try:
             record(tape, example_inputs)
@@ -60,7 +60,7 @@ def _traced(
                 "Give example_inputs as a tuple (positional), a dict (keywords) or one tensor."
             ) from error
     tape.counting, trains = False, True
-    with untouched(model, weights=False):
+    with memory.kept():
         model.train()
         try:
             record(tape, example_inputs)

@@ -35,7 +35,7 @@ from .standins import count_live
 from .tape.attributes import traced_attributes
 from .tape.reading import SizeReader
 from .tape.seen import Question, listening
-from .untouched import seed_all, untouched
+from .untouched import Memory, seed_all
 
 __all__ = ["DIFFERS", "FIXED", "Failure", "Trial"]
 
@@ -81,14 +81,15 @@ class Trial:
 
     def __post_init__(self) -> None:
         self._values = _disturbed(self.model, self.structure, self.seed)
+        self._memory = Memory(self.model, weights=False)  # what a run leaves behind (caches) must not matter
 
     def run(self, masks: Sequence[Tensor], *, trains: bool = False) -> Failure | None:
         """None where masked and shrunk agree (`trains`: and the shrunk model runs in training mode too)."""
-        with untouched(self.model, weights=False):  # what a run leaves behind (caches) must not matter
+        with self._memory.kept():
             self._elsewhere.clear()
             try:
                 if trains:
-                    with untouched(self.model, weights=False):  # the next pass is a first one too, as traced
+                    with self._memory.kept():  # the next pass is a first one too, as traced
                         self.model.train()
                         self._shrunk(self._values, self.example_inputs, masks)
                 self.model.eval()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["seed_all", "seeded", "untouched"]
+__all__ = ["Memory", "seed_all", "seeded", "untouched"]
 
 OBJECTS = 200_000
 CONTAINERS = (dict, list, set, deque, bytearray)
@@ -42,18 +42,8 @@ Restore = Callable[[], object]
 @contextmanager
 def untouched(model: nn.Module, inputs: object = None, *, weights: bool = True) -> Iterator[None]:
     """Inside, anything may be done with the model and `inputs`; `weights`: may parameters be written, too?"""
-    found = _Memory(set() if weights else {id(p) for p in model.parameters()})
-    found.remember(model, inputs)
-    generators = [(generator, generator.get_state()) for generator in _default_generators()]
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the user's code may
-    try:
+    with Memory(model, inputs, weights=weights).kept():
         yield
-    finally:
-        found.restore()
-        for generator, state in generators:
-            generator.set_state(state)
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
 
 
 @contextmanager
@@ -81,16 +71,31 @@ def _default_generators() -> list[torch.Generator]:
     return found
 
 
-class _Memory:
-    """What was there, nearest first, and how to put each thing back."""
+class Memory:
+    """What was there, nearest first, and how to put each thing back: as often as one likes."""
 
-    def __init__(self, skipped: set[int]) -> None:
-        self.seen = set(skipped)
+    def __init__(self, model: nn.Module, inputs: object = None, *, weights: bool = True) -> None:
+        self.seen = set() if weights else {id(p) for p in model.parameters()}
         self.alive: list[object] = []  # so that no two have one id
         self.restores: list[Restore] = []
         self.waiting: deque[object] = deque()
+        self._remember(model, inputs)
 
-    def remember(self, *roots: object) -> None:
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """After it all is as it was remembered, and random states as they were before it."""
+        generators = [(generator, generator.get_state()) for generator in _default_generators()]
+        python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the user's code may
+        try:
+            yield
+        finally:
+            self.restore()
+            for generator, state in generators:
+                generator.set_state(state)
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+    def _remember(self, *roots: object) -> None:
         self._expect(*roots)
         while self.waiting and len(self.alive) < OBJECTS:
             value = self.waiting.popleft()
