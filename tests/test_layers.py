@@ -67,7 +67,9 @@ def test_there_are_no_import_cycles() -> None:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("torch.distributed", {"loop.replicas", "plant.sharded", "plant.fsdp", "plant.parts"}),
+        ("torch.distributed", {"loop.replicas", "plant.shards", "plant.fsdp"}),
+        ("torch.distributed.fsdp", {"plant.fsdp"}),
+        ("torch.nn.parallel", {"loop.replicas"}),
         ("matplotlib", {"app.plots", "app.hankel_plot"}),
         ("sklearn", {"app.tasks"}),
         ("datasets", {"app.tasks"}),
