@@ -109,7 +109,8 @@ def attach(
     terms = Terms(structure, found, budget, total_steps, batch, round_to, seed)
     replicas = Replicas()
     metering = Metering(terms, instruments, _gauge(terms, bench), replicas.mean_known)
-    run = Run(kind.plant(model, stepper, structure, parking), terms, policy, replicas, metering, kind)
+    plant = kind.plant(model, stepper, structure, parking)
+    run = Run(plant, stepper, terms, policy, replicas, metering, kind)
     controller = Controller(run, Together(run))
     if given is not model:
         controller.replicate(given)

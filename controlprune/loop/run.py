@@ -68,13 +68,14 @@ class Run:
     def __init__(
         self,
         plant: BasePlant,
+        optimizer: Optimizer | None,
         terms: Terms,
         policy: Policy,
         replicas: Replicas,
         metering: Metering,
         granularity: Granularity,
     ) -> None:
-        problem, optimizer = terms.problem, plant.optimizer
+        problem = terms.problem
         self.plant, self.terms, self.given, self.granularity = plant, terms, policy, granularity
         self.replicas, self.metering = replicas, metering
         self.policy = policy.begin(problem)
