@@ -53,7 +53,7 @@ def update(groups: int, units: int) -> tuple[float, float]:
     for step in range(100, HORIZON // 2 + 1, 100):
         gradients = torch.randn(groups * units, generator=generator).exp() * 1e-3
         policy.sees(Observation(step, 1.0, gradients))
-        seen = Observation(step, 1.0, norms=gradients.square(), masks=masks)
+        seen = Observation(step, 1.0, weigh=gradients.square, masks=masks)
         started = time.process_time()
         decision = policy.decide(seen)
         spent = time.process_time() - started

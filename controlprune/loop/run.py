@@ -230,7 +230,7 @@ class Run:
         return Observation(
             step=self.steps,
             loss=self.loss,
-            norms=torch.cat(self.plant.weight_norms()).cpu(),
+            weigh=lambda: torch.cat(self.plant.weight_norms()).cpu(),
             shares=self.plant.shares,
             masks=self.plant.masks,
             compact=self.plant.compact,

@@ -17,6 +17,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -49,21 +50,27 @@ class Observation:
     """What is known after a step (`sees`), and of the net as it stands (`decide`).
 
     `step`: how many are done. `loss`: nan where it is not given or no step was good yet. `gradients`: ∂L/∂g
-    of every unit, NaN where it is absent; None: not read. In `decide` only: `norms`, Σ w² over the columns
-    that read each unit; `shares`, computed when called, the amplitude of each unit in what is seen of its
-    group (plant/base.py), None: each is seen by itself; `masks` per group, True = active; `compact`, are the
-    others out of the tensors?; `measurements` since the last decision; `final`, the run ends with this one.
+    of every unit, NaN where it is absent; None: not read. In `decide` only: `masks` per group, True = active;
+    `compact`, are the others out of the tensors?; `measurements` since the last decision; `final`, the run
+    ends with this one. And, computed when called: `weigh`, Σ w² over the columns that read each unit, which
+    `norms` has; `shares`, the amplitude of each unit in what is seen of its group (plant/base.py), None: each
+    is seen by itself.
     """
 
     step: int
     loss: float
     gradients: Tensor | None = None
-    norms: Tensor | None = None
+    weigh: Callable[[], Tensor] | None = None
     shares: Callable[[], Tensor | None] | None = None
     masks: tuple[Tensor, ...] = ()
     compact: bool = False
     measurements: tuple[Measurement, ...] = ()
     final: bool = False
+
+    @cached_property
+    def norms(self) -> Tensor | None:
+        """Read once, as most updates decide without."""
+        return None if self.weigh is None else self.weigh()
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ def answer(
     final: bool = False,
 ) -> Decision:
     norms = torch.ones(sum(SIZES)) if norms is None else norms
-    decision = loop.decide(Observation(step, 1.0, norms=norms, masks=masks, compact=compact, final=final))
+    seen = Observation(step, 1.0, weigh=lambda: norms, masks=masks, compact=compact, final=final)
+    decision = loop.decide(seen)
     assert decision is not None
     return decision
 
