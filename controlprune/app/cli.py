@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from .report import budgets_table, structure_report, summary
 from .tasks import TASKS, TaskError, load
 
 __all__ = ["main"]
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class UserError(Exception):
@@ -77,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"controlprune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="demo | train | profile | report | bench")
 
+    for add in (_add_training, _add_profile, _add_report):
+        add(commands)
+    bench = commands.add_parser("bench", help="the tables of docs/results.md (from a checkout of the source)")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _add_training(commands: Commands) -> None:
     demo = commands.add_parser("demo", help="watch a small network being pruned while it trains on digits")
     demo.set_defaults(command=_train, task="digits-wide", data=None, steps=None)
     _training_options(demo, out="runs/demo")
@@ -90,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--steps", type=_positive, help="training steps (default: what suits the task)")
     _training_options(train, out="runs/train")
 
+
+def _add_profile(commands: Commands) -> None:
     profile = commands.add_parser(
         "profile",
         help="what of a model can be pruned, and what not and why (imports and runs its code)",
@@ -115,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
         help="memory of a training step with Adam, and latency on this machine, too",
     )
 
+
+def _add_report(commands: Commands) -> None:
     report = commands.add_parser("report", help="a run's record as text and picture")
     report.set_defaults(command=_report)
     report.add_argument(
@@ -133,9 +147,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--carbon", type=float, default=400.0, help="grams of CO2 per kWh (default: %(default)s)"
     )
-    bench = commands.add_parser("bench", help="the tables of docs/results.md (from a checkout of the source)")
-    bench.set_defaults(command=_bench)
-    return parser
 
 
 def _training_options(parser: argparse.ArgumentParser, out: str) -> None:
