@@ -30,14 +30,13 @@ from ..structure.branches import Found, branches_of
 from ..structure.extents import Extent, Fixed, Product, Units
 from ..structure.groups import Branch, Group, Refusal, Slice, Structure, Work
 from ..structure.record import ExampleInputs, call_model, copied, output_tensors
+from ..structure.trial import agree
 from ..structure.untouched import seeded
 from .base import Granularity
 from .channels import Channels
 from .entries import fixed
 
 __all__ = ["Layers"]
-
-TOLERANCE = 1e-4  # of the largest output
 
 
 class Layers(Granularity):
@@ -160,14 +159,6 @@ def _differs(model: nn.Module, inputs: ExampleInputs, structure: Structure) -> s
             plant.apply(masks, compact=compact)
             with torch.no_grad(), seeded(0):
                 outputs.append(output_tensors(call_model(trial, copied(inputs))))
-        masked, small = outputs
     except Exception as error:  # whatever the model's code says of a branch that is not run
         return f"it cannot be skipped ({type(error).__name__}: {error})"
-    if [x.shape for x in masked] != [x.shape for x in small]:
-        return "outputs have other shapes when it is skipped"
-    for a, b in zip(masked, small, strict=True):
-        if a.is_floating_point() and not torch.allclose(
-            a, b, rtol=0.0, atol=TOLERANCE * float(a.abs().max().clamp_min(1e-30)), equal_nan=True
-        ):
-            return "outputs differ between zero parameters and skipping it"
-    return ""
+    return "" if agree(*outputs) else "outputs differ between zero parameters and skipping it"

@@ -19,7 +19,6 @@ of its own, `Plant(averaged.module, None, structure)`, and goes on averaging.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -214,18 +213,7 @@ class Plant(BasePlant):
         self._hardened = True
         self._spots, self._gather = (), None
 
-    def gate_gradients(self) -> list[Tensor]:
-        """∂L/∂g per group, float32 of N_g, for the gradients now in `p.grad`; NaN where a unit is absent."""
-        vectors = list(self.gate_gradient().split(self.structure.sizes))
-        if not self.compact:
-            return vectors
-        return [v.masked_fill(~m.to(v.device), math.nan) for v, m in zip(vectors, self.masks, strict=True)]
-
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
-        """The same for all groups in one vector, zero where a unit is absent; no synchronisation.
-
-        `only`: what the parameters of these ids have to say.
-        """
         plan, tensors = self._plan()
         watches = {} if self._rest is None else self._rest.watches
         heard = {name for name, tensor in tensors.items() if only is None or id(tensor) in only}

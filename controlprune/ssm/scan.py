@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["linear_scan", "plain_loop"]
+__all__ = ["linear_scan"]
 
-BUSY = (
-    8192  # numbers in one step from which a CPU thread computes longer than it dispatches (8192: about 4 µs)
-)
+BUSY = 8192  # numbers in one step from which a CPU thread computes longer than it dispatches (about 4 µs)
 
 
 def linear_scan(a: Tensor, v: Tensor) -> Tensor:
@@ -29,14 +27,6 @@ def linear_scan(a: Tensor, v: Tensor) -> Tensor:
     if a.shape[1:] != v.shape[1:]:
         a = a.expand(len(a), *v.shape[1:])
     return _scan(a, v, False)
-
-
-def plain_loop(a: Tensor, v: Tensor) -> Tensor:
-    """The recurrence as it is written."""
-    x = [v[0]]
-    for t in range(1, len(v)):
-        x.append(a[t if len(a) > 1 else 0] * x[-1] + v[t])
-    return torch.stack(x)
 
 
 @torch.library.custom_op("controlprune::linear_scan", mutates_args=())

@@ -37,7 +37,7 @@ from .tape.reading import SizeReader
 from .tape.seen import Question, listening
 from .untouched import Memory, seed_all
 
-__all__ = ["DIFFERS", "FIXED", "Failure", "Trial"]
+__all__ = ["DIFFERS", "FIXED", "Failure", "Trial", "agree"]
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 NOISE = 32.0  # times what rounding the weights once does: rounding goes on in every layer
@@ -99,7 +99,7 @@ class Trial:
                 return _told(error, self.model)
             if self._elsewhere:
                 return Failure(f"{ELSEWHERE}: {self._elsewhere[0]}")
-            if _agree(masked, shrunk) or self._is_rounding(masked, shrunk, masks):
+            if agree(masked, shrunk) or self._is_rounding(masked, shrunk, masks):
                 return None
             return Failure(DIFFERS)
 
@@ -112,12 +112,12 @@ class Trial:
             try:
                 exact = self._masked(values, inputs, masks)
                 self._doubles = any(y.dtype == torch.float64 for y in exact)
-                if self._doubles and _agree(exact, self._shrunk(values, inputs, masks)):
+                if self._doubles and agree(exact, self._shrunk(values, inputs, masks)):
                     return True
             except Exception:
                 self._doubles = False
         noise = self._noise(masked, masks)
-        return noise is not None and _agree(masked, shrunk, NOISE * noise)
+        return noise is not None and agree(masked, shrunk, NOISE * noise)
 
     def _noise(self, masked: list[Tensor], masks: Sequence[Tensor]) -> float | None:
         """What one rounding of every weight does to the outputs, relative to the largest; None: too much."""
@@ -204,7 +204,8 @@ def _double(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _agree(masked: list[Tensor], shrunk: list[Tensor], least: float = 0.0) -> bool:
+def agree(masked: list[Tensor], shrunk: list[Tensor], least: float = 0.0) -> bool:
+    """Within the tolerance of their number type, or `least` where that is more."""
     return len(masked) == len(shrunk) and all(
         a.shape == b.shape and _gap(a, b) <= max(TOLERANCE.get(a.dtype, 1e-4), least)
         for a, b in zip(masked, shrunk, strict=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from controlprune.ssm import scan
-from controlprune.ssm.scan import linear_scan, plain_loop
+from controlprune.ssm.scan import linear_scan
 
 SHAPES = [(1, 2, 3), (2, 1, 1), (5, 2, 3), (16, 3, 2), (37, 2, 3)]
 
@@ -16,6 +16,14 @@ def data(shape: tuple[int, ...], dtype: torch.dtype, varies: bool) -> tuple[torc
     if dtype.is_complex:
         a = a * torch.exp(6j * torch.rand(a.shape, dtype=torch.float64))
     return a.requires_grad_(), torch.randn(shape, dtype=dtype).requires_grad_()
+
+
+def plain_loop(a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The recurrence as it is written."""
+    x = [v[0]]
+    for t in range(1, len(v)):
+        x.append(a[t if len(a) > 1 else 0] * x[-1] + v[t])
+    return torch.stack(x)
 
 
 @pytest.fixture(params=["chunked", "one by one"])
