@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from exchanges import (
+    DECAY,
+    DROP,
+    EVERY,
+    MOMENTUM,
+    RATE,
+    STEPS,
+    descended,
+    exchanged,
+    follow,
+    mlp,
+    random_mask,
+    share,
+)
 from rig import batch
 from torch import Tensor, nn
 
 import controlprune as cp
-
-STEPS, EVERY = 200, 10
-RATE, MOMENTUM, DECAY = 0.05, 0.9, 1e-3
-DROP = 0.3
-
-
-def mlp() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 4))
 
 
 class ByHand:
@@ -28,10 +31,7 @@ class ByHand:
         self.w = [p.detach().clone() for p in net.parameters()]  # w₁ b₁ w₂ b₂ w₃ b₃
         self.v = [torch.zeros_like(w) for w in self.w]
         self.kind, self.random = kind, torch.Generator().manual_seed(0)
-        self.masks = []
-        for size, width in zip((32, 24), widths, strict=True):
-            order = torch.rand(size, generator=self.random).argsort(descending=True, stable=True)
-            self.masks.append(torch.zeros(size, dtype=torch.bool).index_fill(0, order[:width], True))
+        self.masks = [random_mask(*pair, self.random) for pair in zip((32, 24), widths, strict=True)]
 
     def step(self, t: int) -> None:
         x, y = batch(t, (8,))
@@ -42,8 +42,7 @@ class ByHand:
         loss = nn.functional.cross_entropy(h @ w[4].T + w[5], y)
         grads = torch.autograd.grad(loss, [*w, *gates])
         for p, v, g, live in zip(self.w, self.v, grads, self._live(), strict=False):
-            v[live] = (MOMENTUM * v + g + DECAY * p)[live]
-            p[live] -= RATE * v[live]
+            descended(p, v, g, live)
         until = STEPS if self.kind == "set" else 0.75 * STEPS
         if t % EVERY == 0 and t <= until:
             self._exchange(t / STEPS, grads[6:])
@@ -58,51 +57,25 @@ class ByHand:
         new = []
         for mask, w, live, gradient in zip(self.masks, self.w[2::2], rows, gradients, strict=True):
             norm = (w[live] ** 2).sum(0)
-            n, share = int(mask.sum()), DROP
-            if self.kind == "set":
-                gain = torch.rand(len(mask), generator=self.random)
-            else:
-                gain, share = gradient.abs(), DROP / 2 * (1 + math.cos(math.pi * progress / 0.75))
-            k = int(share * n)
-            on = mask.nonzero().flatten()
-            kept = on[norm[on].argsort(descending=True)[: n - k]]
-            mask = torch.zeros_like(mask).index_fill(0, kept, True)
-            off = (~mask).nonzero().flatten()
-            grown = off[gain[off].argsort(descending=True)[:k]]
-            new.append(mask.index_fill(0, grown, True))
+            gain = torch.rand(len(mask), generator=self.random) if self.kind == "set" else gradient.abs()
+            new.append(exchanged(mask, norm, gain, share(self.kind, progress)))
         self.masks = new
 
 
-@pytest.mark.parametrize("kind", ["set", "rigl"])
-def test_the_same_masks_for_two_hundred_steps(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "make"), [("set", cp.SET), ("rigl", cp.RigL)])
+def test_the_same_masks_for_two_hundred_steps(kind: str, make: type[cp.SET | cp.RigL]) -> None:
     net = mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
-    reference = mlp()
     controller = cp.attach(
         net,
         optimizer,
         budget=cp.Budget(flops=0.4),
         example_inputs=(torch.zeros(2, 8),),
         total_steps=STEPS,
-        policy=cp.SET(drop=DROP, update_every=EVERY)
-        if kind == "set"
-        else cp.RigL(drop=DROP, update_every=EVERY),
+        policy=make(drop=DROP, update_every=EVERY),
     )
-    hand = ByHand(reference, [int(m.sum()) for m in controller.masks.values()], kind)
-    moved = 0
-    for t in range(1, STEPS + 1):
-        for ours, theirs in zip(controller.masks.values(), hand.masks, strict=True):
-            assert torch.equal(ours, theirs), t
-        before = torch.cat(hand.masks)
-        x, y = batch(t, (8,))
-        loss = nn.functional.cross_entropy(net(x), y)
-        loss.backward()
-        optimizer.step()
-        controller.step(loss)
-        optimizer.zero_grad()
-        hand.step(t)
-        moved += int((before != torch.cat(hand.masks)).sum())
-    assert moved > 40
+    hand = ByHand(mlp(), [int(m.sum()) for m in controller.masks.values()], kind)
+    assert follow(net, optimizer, controller, hand) > 40
     controller.detach()
     for ours, theirs in zip(net.parameters(), hand.w, strict=True):
         torch.testing.assert_close(ours.detach(), theirs, rtol=1e-3, atol=1e-4)
