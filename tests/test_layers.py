@@ -86,6 +86,17 @@ def test_each_outside_world_is_met_in_one_place(package: str, allowed: set[str])
     assert users <= allowed
 
 
+def test_files_and_classes_are_small() -> None:
+    """At most 400 lines a file, 30 methods a class: every `def` of its body, properties and setters each."""
+    long = [name for name, path in FILES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+    assert not long
+    for name, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                methods = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+                assert len(methods) <= 30, f"{name}: {node.name}"
+
+
 @pytest.mark.parametrize("package", ["sklearn", "datasets", "PIL", "transformers", "torch_geometric"])
 def test_optional_packages_are_imported_only_where_used(package: str) -> None:
     assert not [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lags import QUICK, Run, assert_ranks_are_alike, batch, flops
 from rig import assert_same_bits, bits, hooks, timeless
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.flop_counter import FlopCounterMode
 from workers import ranks
 
 import controlprune as cp
@@ -26,8 +25,6 @@ from controlprune.ssm.plant import StatePlant, layer_gate
 from controlprune.structure.extents import Fixed, Units
 
 STEPS = 40
-GRADUAL = cp.Plan(earliest=0.1, latest=0.15, duration=0.3, deadline=0.5)
-QUICK = cp.Control(plan=GRADUAL, stages=6, observe_every=1, update_every=4)
 ORDERS = list(itertools.permutations(("model", "optimizer", "controller")))
 
 
@@ -79,21 +76,6 @@ class Dense(nn.Module):
         return x @ self.C.T
 
 
-def batch(step: int, rank: int = 0) -> tuple[Tensor, Tensor]:
-    """By how many steps does the second channel follow the first?"""
-    generator = torch.Generator().manual_seed(100 * step + rank)
-    lag = torch.randint(3, (16,), generator=generator)
-    first = torch.randn(16, 12, generator=generator)
-    second = torch.stack([row.roll(int(k)) for row, k in zip(first, lag, strict=True)])
-    return torch.stack([first, second], 2), lag
-
-
-def flops(model: nn.Module) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(batch(0)[0])
-    return counter.get_total_flops()
-
-
 def attach(model: nn.Module, optimizer: Any = None, **options: Any) -> cp.Controller:
     return cp.attach(
         model,
@@ -109,24 +91,8 @@ def attach(model: nn.Module, optimizer: Any = None, **options: Any) -> cp.Contro
     )
 
 
-class Run:
-    """A training run; `train(a, b)` does the steps a + 1 … b."""
-
-    def __init__(self, make: Callable[[], nn.Module] = Small, seed: int = 0, **options: Any) -> None:
-        torch.manual_seed(seed)
-        self.model = make()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-3)
-        self.controller = attach(self.model, self.optimizer, **options)
-
-    def train(self, start: int, stop: int) -> Run:
-        for step in range(start + 1, stop + 1):
-            u, y = batch(step)
-            loss = cross_entropy(self.model(u), y)
-            loss.backward()
-            self.optimizer.step()
-            self.controller.step(loss)
-            self.optimizer.zero_grad()
-        return self
+def started(make: Callable[[], nn.Module] = Small, **options: Any) -> Run:
+    return Run(make, STEPS, granularity="state", **options)
 
 
 def states(model: nn.Module) -> dict[str, int]:
@@ -204,7 +170,7 @@ def test_the_gate_of_a_layer_is_that_of_its_dynamic_part(make: Callable[[], nn.M
 
 
 def test_shares_are_those_of_the_hankel_operator_s_energy() -> None:
-    run = Run(Net)
+    run = started(Net)
     shares = run.controller.plant.shares().split([24, 10, 12, 8])
     for (_, layer), share in zip(ssm.state_space_layers(run.model), shares, strict=True):
         energy = np.square(ssm.values_of(layer)).sum(0)
@@ -226,7 +192,7 @@ def test_a_layer_that_matters_less_is_cut_more() -> None:
         def forward(self, u: Tensor) -> Tensor:
             return self.out((self.a(u) + 0.01 * self.b(u)).mean(1))
 
-    run = Run(Two).train(0, STEPS)
+    run = started(Two).train(0, STEPS)
     assert states(run.model)["b"] < states(run.model)["a"]
 
 
@@ -246,7 +212,7 @@ def test_a_layer_that_matters_less_is_cut_more() -> None:
 )
 def test_a_run_ends_inside_its_budget_plain_and_trained_on(policy: cp.Policy, budget: cp.Budget) -> None:
     dense, size = flops(Net()), sum(p.numel() for p in Net().parameters())
-    run = Run(Net, policy=policy, budget=budget)
+    run = started(Net, policy=policy, budget=budget)
     before = dict(run.model.named_parameters())
     run.train(0, STEPS)
     small = run.controller.finalize()
@@ -263,7 +229,7 @@ def test_a_run_ends_inside_its_budget_plain_and_trained_on(policy: cp.Policy, bu
 
 
 def test_states_only_ever_go_and_every_cut_has_its_bound() -> None:
-    run = Run(Net).train(0, STEPS)
+    run = started(Net).train(0, STEPS)
     rows = list(run.controller.history)
     assert sum(any(row.off) for row in rows) > 2
     assert not any(any(row.on) for row in rows)
@@ -276,7 +242,7 @@ def test_states_only_ever_go_and_every_cut_has_its_bound() -> None:
 
 
 def test_the_bound_is_that_of_the_cut() -> None:
-    run = Run()
+    run = started()
     values = ssm.values_of(run.model.lru)[0]
     run.controller.set_masks({"lru.states": torch.arange(24) < 10})
     bound = run.controller.plant.error_bounds["lru.states"]
@@ -285,7 +251,7 @@ def test_the_bound_is_that_of_the_cut() -> None:
 
 def test_an_update_leaves_the_function_of_what_stays() -> None:
     """What a cut changes is within its bound, of the whole batch's energy."""
-    run = Run()
+    run = started()
     u = torch.randn(4, 200, 2)
     with torch.no_grad():
         before = run.model.lru(u)
@@ -295,14 +261,14 @@ def test_an_update_leaves_the_function_of_what_stays() -> None:
 
 
 def test_the_same_seed_is_the_same_run() -> None:
-    one, two = Run(Net).train(0, STEPS), Run(Net).train(0, STEPS)
+    one, two = started(Net).train(0, STEPS), started(Net).train(0, STEPS)
     assert_same_bits(bits(one.model, one.optimizer), bits(two.model, two.optimizer))
     assert timeless(list(one.controller.history)) == timeless(list(two.controller.history))
 
 
 def test_to_watch_does_not_touch() -> None:
     """Without a cut the training is the one without a controller."""
-    run = Run(Net, budget=cp.Budget(flops=1.0)).train(0, 10)
+    run = started(Net, budget=cp.Budget(flops=1.0)).train(0, 10)
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
@@ -317,25 +283,15 @@ def test_to_watch_does_not_touch() -> None:
 # --- saved and resumed ---------------------------------------------------------------------------
 
 
-def saved(run: Run) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save({name: getattr(run, name).state_dict() for name in ORDERS[0]}, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("order", ORDERS[::2])
 def test_a_half_and_a_half_are_a_whole(order: tuple[str, ...]) -> None:
     half = 14
-    straight = Run(Net).train(0, half)
+    straight = started(Net).train(0, half)
     assert not all(bool(m.all()) for m in straight.controller.masks.values())
-    then = saved(straight)
+    then = straight.saved()
     straight.train(half, STEPS)
     assert any(any(row.off) for row in straight.controller.history if row.step > half)
-    resumed = Run(Net, seed=1)
-    for name in order:
-        getattr(resumed, name).load_state_dict(then[name])
-    resumed.train(half, STEPS)
+    resumed = started(Net, seed=1).load(then, order).train(half, STEPS)
     assert_same_bits(bits(straight.model, straight.optimizer), bits(resumed.model, resumed.optimizer))
     assert timeless(list(straight.controller.history)) == timeless(list(resumed.controller.history))
     assert straight.controller.plant.error_bounds == resumed.controller.plant.error_bounds
@@ -343,18 +299,16 @@ def test_a_half_and_a_half_are_a_whole(order: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("order", ORDERS[3:4])
 def test_back_to_a_checkpoint_with_more_states(order: tuple[str, ...]) -> None:
-    straight = Run(Net).train(0, 12)
-    then = saved(straight)
+    straight = started(Net).train(0, 12)
+    then = straight.saved()
     straight.train(12, STEPS)
     end = bits(straight.model, straight.optimizer)
-    for name in order:
-        getattr(straight, name).load_state_dict(then[name])
-    straight.train(12, STEPS)
+    straight.load(then, order).train(12, STEPS)
     assert_same_bits(end, bits(straight.model, straight.optimizer))
 
 
 def test_a_small_model_is_saved_and_loaded(tmp_path: Path) -> None:
-    run = Run(Net).train(0, STEPS)
+    run = started(Net).train(0, STEPS)
     cp.save(run.controller, tmp_path / "small.safetensors")
     loaded = cp.load(tmp_path / "small.safetensors", Net())
     u = batch(99)[0]
@@ -363,7 +317,7 @@ def test_a_small_model_is_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_detach_fills_the_shapes_up_with_idle_states() -> None:
-    run = Run(Net).train(0, STEPS)
+    run = started(Net).train(0, STEPS)
     u = batch(99)[0]
     with torch.no_grad():
         before = run.model(u)
@@ -382,25 +336,10 @@ def test_detach_fills_the_shapes_up_with_idle_states() -> None:
 
 @ranks(2)
 def test_two_ranks_cut_alike(rank: int) -> None:
-    torch.manual_seed(0)
-    inner = Net()
-    optimizer = torch.optim.Adam(inner.parameters(), lr=5e-3)
-    model = DDP(inner)
-    controller = attach(model, optimizer)
-    for step in range(1, STEPS + 1):
-        u, y = batch(step, rank)
-        loss = cross_entropy(model(u), y)
-        loss.backward()
-        optimizer.step()
-        controller.step(loss)
-        optimizer.zero_grad()
-    controller.finalize()
-    assert states(inner) != states(Net())
-    for parameter in inner.parameters():
-        others = [torch.empty_like(parameter) for _ in range(2)]
-        torch.distributed.all_gather(others, parameter.detach())
-        assert torch.equal(*others)
-    assert controller._run.replicas.repairs == 0
+    run = started(Net, rank=rank).train(0, STEPS)
+    run.controller.finalize()
+    assert states(run.model) != states(Net())
+    assert_ranks_are_alike(run)
 
 
 @ranks(2)
@@ -439,14 +378,14 @@ def test_a_rank_in_another_basis_is_brought_back(rank: int) -> None:
 def test_memory_falls_with_the_states() -> None:
     cost = attach(Small(), budget=cp.Budget(memory=0.7))._run.problem.costs["memory"]
     assert cost.value((12,)) < 0.75 * cost.value((24,))
-    run = Run(budget=cp.Budget(memory=0.7)).train(0, STEPS)
+    run = started(budget=cp.Budget(memory=0.7)).train(0, STEPS)
     assert run.controller.cost()["memory"].fraction <= 0.7
 
 
 @pytest.mark.slow
 def test_a_run_ends_inside_a_latency() -> None:
     large = (torch.randn(128, 48, 2),)  # where the state is what takes the time
-    run = Run(lambda: Small(256), budget=cp.Budget(latency=0.6), deploy_inputs=large).train(0, STEPS)
+    run = started(lambda: Small(256), budget=cp.Budget(latency=0.6), deploy_inputs=large).train(0, STEPS)
     run.controller.finalize()
     assert states(run.model)["lru"] < 200
     assert run.controller.history[-1].realised["latency"] <= 0.65
@@ -456,7 +395,7 @@ def test_a_run_ends_inside_a_latency() -> None:
 
 
 def test_states_do_not_come_back_by_hand() -> None:
-    controller = Run().controller
+    controller = started().controller
     mask = torch.arange(24) < 12
     controller.set_masks({"lru.states": mask})
     for wrong in (torch.ones(24, dtype=torch.bool), mask.flip(0)):
@@ -515,7 +454,7 @@ def test_a_layer_that_keeps_its_size_is_told() -> None:
 
 
 def test_one_cut_by_others_is_told_once_and_the_training_goes_on() -> None:
-    run = Run().train(0, 4)
+    run = started().train(0, 4)
     ssm.truncate(run.model.lru, 20, run.optimizer)
     with pytest.warns(UserWarning, match="it was cut by others"):
         run.train(4, STEPS)
@@ -523,7 +462,7 @@ def test_one_cut_by_others_is_told_once_and_the_training_goes_on() -> None:
 
 
 def test_a_system_that_cannot_be_read_any_more_holds_the_masks() -> None:
-    run = Run().train(0, 4)
+    run = started().train(0, 4)
     with torch.no_grad():
         run.model.lru.nu.fill_(-40.0)  # |λ| = 1
     with pytest.warns(UserWarning, match="nothing is controlled"):
