@@ -12,6 +12,16 @@ units hold nearly all value (a pretrained net), ṽ = v, and the others go first
 are alike (a net at its start), ṽ_(j) = v (N/j)², whose best allocation goes with the square root of value
 per cost, not with value per cost itself: nearer to uniform, as far as nothing tells the units apart.
 
+**Plasticity.** V says what a group does now. What the net learned in this run it can learn again with the units
+that stay, wherever they are; what it came with is lost with the units that hold it. With w_g the weights that
+read the active units of group g, at the start and now, and C_g the part of the cost that the group has,
+
+    p   = mean_g [1 − ‖w_g(0)‖² / ‖w_g(t)‖²]₊          how far the net is from where it began, in [0, 1]
+    ṽ_i ← ṽ_i (C_g Σ V / V_g Σ C)^p                     groups weigh by what they do (p = 0): a pretrained net,
+                                                        or by what they cost (p → 1): one from random weights
+
+where units are alike, the latter's best allocation is the uniform one.
+
 **Stability**: mean over groups of Spearman's rank correlation of Σ g² between two disjoint windows of
 observations, over the active units. It is the evidence that a ranking is more than noise.
 
@@ -31,7 +41,7 @@ from torch import Tensor
 
 from ..cost.problem import Problem
 
-__all__ = ["Values", "depleted", "margin_price", "stability"]
+__all__ = ["Values", "depleted", "margin_price", "plasticity", "stability", "weighed"]
 
 Values = tuple[NDArray[np.float64], ...]
 TINY = 1e-30  # of a square of gradients
@@ -68,6 +78,20 @@ def depleted(values: NDArray[np.float64]) -> NDArray[np.float64]:
     worth = np.empty_like(values)
     worth[order] = values[order] * (kept[-1] / kept) ** 2
     return worth
+
+
+def plasticity(first: Sequence[Tensor], now: Sequence[Tensor]) -> float:
+    """p, from the squared norms of what reads the active units, per group."""
+    written = [1.0 - float(a.sum() / b.sum().clamp_min(TINY)) for a, b in zip(first, now, strict=True)]
+    return float(np.mean(np.clip(written, 0.0, 1.0))) if written else 0.0
+
+
+def weighed(values: Values, costs: Sequence[float], plastic: float) -> Values:
+    """ṽ of the units of all groups, in their order; `costs`: C_g, in any unit."""
+    total = np.array([np.maximum(v, TINY).sum() for v in values])
+    cost = np.maximum(costs, TINY)
+    weight = (cost / cost.sum() * total.sum() / total) ** plastic
+    return tuple(depleted(v) * w for v, w in zip(values, weight, strict=True))
 
 
 def margin_price(problem: Problem, worth: Values, even: Sequence[int]) -> float:

@@ -52,7 +52,7 @@ from ...cost.problem import Problem
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
 from ...saliency.network import GateController, Statistics, apportioned, first_guess
-from ...saliency.worth import depleted, margin_price
+from ...saliency.worth import margin_price, weighed
 from ...structure.groups import widths_of
 from ..base import Decision, Observation, Policy, Wants
 from .pace import LOOK, look_spacing, observation_spacing, shrink_pays
@@ -229,6 +229,8 @@ class ControlLoop(Policy):
         if observation.final:
             return self._last(observation)
         if observation.step == 0:
+            assert observation.norms is not None
+            self.units.began(observation.norms)
             return self._first()
         step, masks, compact = observation.step, observation.masks, observation.compact
         if step < self.looks_until:
@@ -305,8 +307,10 @@ class ControlLoop(Policy):
         """The trade-off under the modelled limits (`exact`), or under the price alone."""
         problem, control = self.problem, self.control
         even = uniform_under(problem, limits)
-        values = self._values(self.statistics(seen)).double()
-        worth = tuple(depleted(v.numpy()) for v in self.units.split(values))
+        known = self.statistics(seen)
+        values = tuple(v.numpy() for v in self.units.split(self._values(known).double()))
+        costs = [float(c.sum()) for c in self.units.split(known.cost)]
+        worth = weighed(values, costs, self.units.plasticity(known.weight, known.on))
         if not exact:
             self.prices.follow(margin_price(problem, worth, even))
         stand = Stand(

@@ -2,6 +2,7 @@
 
     observe        g ∈ R^G at a step     -> moments (saliency/moments.py), Σ g² of the running window
     statistics     at an update          -> mean, Fisher curvature, norms, marginal costs, ages  (network.py)
+    plasticity     of the net: how far what reads the active units is from where it began      (worth.py)
     stability      of the ranking of Σ g² between the running window and the last one          (worth.py)
 
 Vectors over all units, one group after the other. Gradients are taken in units of their size when the first
@@ -22,7 +23,7 @@ from torch import Tensor
 from ...cost.problem import Problem
 from ...saliency.moments import Moments, fisher, observe, start_moments
 from ...saliency.network import Statistics
-from ...saliency.worth import stability
+from ...saliency.worth import plasticity, stability
 from ...structure.groups import widths_of
 
 __all__ = ["UnitRecord"]
@@ -43,6 +44,7 @@ class UnitRecord:
         self.movement = torch.zeros(units if moves else 0)  # −Σ g over all observations
         self.scale = 0.0  # what gradients are divided by; 0: none was seen yet
         self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
+        self.first = torch.zeros(units)  # norms of what reads them, at the start
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
 
     def set_pace(self, memory: float, update_every: int) -> None:
@@ -86,6 +88,13 @@ class UnitRecord:
             self._marginal_costs(problem, on), age, on, self.group, slope, min(1.0, step / horizon),
         )  # fmt: skip
 
+    def began(self, norms: Tensor) -> None:
+        """Norms of what reads the units before the first step."""
+        self.first = norms
+
+    def plasticity(self, norms: Tensor, on: Tensor) -> float:
+        return plasticity(self.split(self.first * on), self.split(norms * on))
+
     def _marginal_costs(self, problem: Problem, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
         widths = widths_of(self.split(on))
@@ -121,6 +130,7 @@ class UnitRecord:
             "moments": vars(self.moments) | {},
             "window": self.window.clone(),
             "age": self.age.clone(),
+            "first": self.first.clone(),
             "movement": self.movement.clone(),
             "scale": self.scale,
         }
@@ -129,7 +139,7 @@ class UnitRecord:
         self.moments = Moments(**state["moments"])
         self.scale = float(state["scale"])
         self.movement = state["movement"]
-        self.window, self.age = state["window"], state["age"]
+        self.window, self.age, self.first = state["window"], state["age"], state["first"]
 
 
 def _scale(gradients: Tensor) -> float:
