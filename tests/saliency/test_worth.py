@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from controlprune.saliency.worth import depleted
+from controlprune.saliency.worth import depleted, plasticity, weighed
 
 
 def test_where_few_units_hold_all_value_worth_is_value() -> None:
@@ -34,3 +35,25 @@ def test_order_and_concavity() -> None:
     worth = depleted(values)
     assert (np.argsort(-worth) == np.argsort(-values)).all()
     assert (worth >= values).all()
+
+
+def test_plasticity_is_how_far_the_weights_are_from_where_they_began() -> None:
+    first = (torch.ones(4), torch.ones(4))
+    assert plasticity(first, first) == 0.0
+    assert plasticity(first, (4 * torch.ones(4), 2 * torch.ones(4))) == pytest.approx((0.75 + 0.5) / 2)
+    assert plasticity(first, (torch.ones(4) / 2, torch.ones(4))) == 0.0  # weights that decayed: nothing new
+
+
+def test_groups_weigh_by_what_they_do_where_nothing_was_written() -> None:
+    values = (np.array([3.0, 1.0]), np.array([0.5, 0.2, 0.1]))
+    for found, v in zip(weighed(values, [1.0, 5.0], 0.0), values, strict=True):
+        assert found == pytest.approx(depleted(v))
+
+
+def test_groups_weigh_by_what_they_cost_where_all_was_written() -> None:
+    """Units that are alike are then worth the same per cost at the same fraction of every group."""
+    values, costs = (np.full(4, 7.0), np.full(8, 0.01)), (2.0, 6.0)
+    worth = weighed(values, costs, 1.0)
+    per_cost = [np.sort(w) / (c / len(w)) for w, c in zip(worth, costs, strict=True)]
+    assert per_cost[0] == pytest.approx(per_cost[1][::2])  # j of 4 and 2 j of 8 stay
+    assert sum(w.min() * len(w) for w in worth) == pytest.approx(4 * 7.0 + 8 * 0.01)
