@@ -12,9 +12,9 @@ units hold nearly all value (a pretrained net), ṽ = v, and the others go first
 are alike (a net at its start), ṽ_(j) = v (N/j)², whose best allocation goes with the square root of value
 per cost, not with value per cost itself: nearer to uniform, as far as nothing tells the units apart.
 
-**Plasticity.** V says what a group does now. What the net learned in this run it can learn again with the
-units that stay, wherever they are; what it came with is lost with the units that hold it. With w_g the weights
-that read the active units of group g, at the start and now, and C_g the part of the cost that the group has,
+**Plasticity.** V says what a group does now. What the net learned in this run it can learn again with
+the units that stay, wherever they are; what it came with is lost with the units that hold it. With w_g the
+weights that read the active units of group g, at the start and now, and C_g the group's part of the cost,
 
     p   = mean_g [1 − ‖w_g(0)‖² / ‖w_g(t)‖²]₊      how far the net is from where it began, in [0, 1]
     ṽ_i ← ṽ_i (C_g Σ V / V_g Σ C)^p                 groups weigh by what they do (p = 0: pretrained),
