@@ -44,7 +44,7 @@ class UnitRecord:
         self.movement = torch.zeros(units if moves else 0)  # −Σ g over all observations
         self.scale = 0.0  # what gradients are divided by; 0: none was seen yet
         self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
-        self.first = torch.zeros(0)  # norms of what reads them, before the first step
+        self.first = torch.full((units,), math.inf)  # norms of what reads them, at the start; inf: not known
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
 
     def set_pace(self, memory: float, update_every: int) -> None:
@@ -94,9 +94,8 @@ class UnitRecord:
 
     def plasticity(self, norms: Tensor, on: Tensor) -> float:
         """0 where it is not known how the run began."""
-        if not len(self.first):
-            return 0.0
-        return plasticity(self.split(self.first * on), self.split(norms * on))
+        first, now = (self.split(torch.where(on, x, 0.0)) for x in (self.first, norms))
+        return plasticity(first, now)
 
     def _marginal_costs(self, problem: Problem, on: Tensor) -> Tensor:
         """Fraction of dense that one unit of each group costs at the present widths, over all resources."""
