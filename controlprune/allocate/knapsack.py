@@ -18,7 +18,7 @@ more than `tolerance` of dense under the limit, single groups take finer steps (
 The shadow price of a binding limit is the loss per unit of the resource at the margin, from the values
 and costs of the moves next to the solution.
 
-Error: exact on small problems; elsewhere against brute force see tests/test_tradeoff.py.
+Error: exact on small problems; elsewhere against brute force see tests/allocate/test_knapsack.py.
 """
 
 from __future__ import annotations

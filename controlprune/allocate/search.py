@@ -1,4 +1,4 @@
-"""The search over widths behind `tradeoff.solve`: balance, greedy steps, swaps, a window, finer steps.
+"""The search over widths behind allocate/knapsack.py: balance, greedy steps, swaps, a window, finer steps.
 
 State is a rung of allowed widths per group; ΔV, ΔC_k, ΔN are what a move changes (allocate/moves.py).
 

@@ -55,6 +55,10 @@ class Plan:
     relative fall of the loss up to which it counts as settled. `agreement`: of values between windows from
     which they do (1: the same ranking). `tolerance`: rise of the loss, in units of its scatter, at which
     the cut waits; inf never waits. `update` is called once per controller update, with τ not falling.
+
+    As it stands, the cut begins at once and is on the slowest descent that is in time, so `flat`, `agreement`
+    and `tolerance` decide nothing: the first two act where `earliest` < `latest`, the last where `duration` <
+    `deadline` − `latest`.
     """
 
     earliest: float = 0.0

@@ -54,7 +54,7 @@ def power(
 ) -> float:
     """Mean watts while `forward` runs again and again for about `seconds`.
 
-    On an accelerator, give a `forward` that waits for it (`timing.device_clock` for the clock does).
+    On an accelerator, give a `forward` that waits for it (cost/clock.py: `device_clock` does).
     """
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds={seconds!r}: give the time to measure for, a finite number > 0")

@@ -17,9 +17,9 @@ another rate than the rest; where there are few measurements and many operators,
 
 `error` is what that fit gets wrong at widths it has not seen: the root mean square of T(n_k) / t_k − 1, each
 k left out in turn. Kernels that work on blocks of units make steps that no polynomial has: give `steps` in
-multiples the device runs well (`rounding.preferred_multiple`). A masked net still runs dense; only a shrunk
-one shows its latency, so what is left of the error is for the loop to correct by measuring
-(`timing.measure_latency`) after each shrink.
+multiples the device runs well (cost/grid.py). A masked net still runs dense; only a shrunk one shows its
+latency, so what is left of the error is for the loop to correct by measuring after each shrink
+(cost/forward_time.py).
 
 The model is not copied and comes back untouched. What was fitted is kept in a cache file per machine.
 """

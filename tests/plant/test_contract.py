@@ -2,7 +2,7 @@
 
 The oracle keeps a dense truth, cuts a plain small model and a fresh optimizer out of it for every phase,
 trains those, and writes the live entries back. The plant goes through the same phases in either layout.
-`CONTROLPRUNE_EXAMPLES=2000 pytest tests/test_contract.py` for the long run.
+`CONTROLPRUNE_EXAMPLES=2000 pytest tests/plant/test_contract.py` for the long run.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ loaded into a fresh model, optimizer and controller in any order) through the pu
 the dense truth of every parameter, buffer and optimizer state: live entries are read after training, dormant
 ones never. After every operation what is live, and what is parked, must be the ledger's bit for bit.
 
-`CONTROLPRUNE_EXAMPLES=1000 pytest tests/test_sequences.py` for the long run.
+`CONTROLPRUNE_EXAMPLES=1000 pytest tests/plant/test_sequences.py` for the long run.
 """
 
 from __future__ import annotations

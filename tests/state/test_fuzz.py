@@ -2,7 +2,7 @@
 
 Bits flipped, bytes cut out, spliced in and doubled, lengths made huge, JSON edited with and without the right
 checksum, tensors swapped, of other shapes and types; the same for a controller's state dict. A few hundred by
-default, all 10,000 with `pytest -m slow tests/test_fuzz.py`.
+default, all 10,000 with `pytest -m slow tests/state/test_fuzz.py`.
 """
 
 from __future__ import annotations
