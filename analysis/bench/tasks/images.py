@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,13 @@ WIDTHS = (32, 64, 128, 128)
 Split = tuple[Tensor, Tensor]
 
 
-def scratch(data: Path, steps: int = 1000, batch: int = 64, rate: float = 6e-3) -> Task:
+def scratch(
+    data: Path, steps: int = 1000, batch: int = 64, rate: float = 6e-3, widths: Sequence[int] = WIDTHS
+) -> Task:
     """Task 3."""
-    return _task("scratch", data, None, steps, batch, rate, (0.5, 0.35, 0.15, 0.08), pretrained=False)
+    found = _task("scratch", data, None, steps, batch, rate, (0.5, 0.35, 0.15, 0.08), pretrained=False)
+    net = partial(_net, 10, widths=widths)
+    return replace(found, dense=net, blank=net)
 
 
 def images(data: Path, steps: int = 500, batch: int = 64, rate: float = 2e-3) -> Task:
@@ -63,14 +68,14 @@ def _task(
     )
 
 
-def _net(classes: int, seed: int) -> nn.Sequential:
+def _net(classes: int, seed: int, widths: Sequence[int] = WIDTHS) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip((3, *WIDTHS), WIDTHS, strict=False)):
+    for i, (before, after) in enumerate(zip((3, *widths), widths, strict=False)):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         if 0 < i < 3:
             layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], classes))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
 
 
 def _pretrained(data: Path, seed: int) -> nn.Module:
