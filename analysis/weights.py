@@ -4,7 +4,7 @@
     python -m analysis.weights tables --into docs/results.md    between the page's marks
 
 One training is one line of `analysis/results/weights.jsonl`; a run can be stopped at any time and goes on.
-Tasks and loop are the bench's (`bench/task.py`, `bench/run.py`), and so is the optimizer, Adam: its step is the
+Tasks and loop are the bench's (`bench/task.py`, `bench/run.py`), so is the optimizer, Adam: its step is the
 same share of a weight at any density. (Under SGD a random sparse net with norms begins with small weights,
 hence at a higher effective rate.) The budget is of parameters: a share of the weights, all biases and norms.
 """

@@ -1,8 +1,8 @@
 """The structure of a model whose units are entries of its parameters: which parameters, and what one costs.
 
-Of a parameter `w` with |w| entries that operators of F FLOPs in all contract with, n of them on:
+Of a parameter `w` with |w| entries that operators of F FLOPs in all contract with, n units of k entries on:
 
-    params(n) = n          FLOPs(n) = F · n / |w|       two for each live weight and use of it
+    params(n) = k n        FLOPs(n) = F · k n / |w|     two for each live weight and use of it
 
 A parameter has such units if it trains, has two dimensions or more, and the forward contracts with it as it
 is: not if it is computed from others (parametrizations), stands in several places (tied), or is only looked
@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..structure.extents import Units, size
+from ..structure.extents import Extent, Fixed, Product, Units, size
 from ..structure.groups import Group, Refusal, Structure, Work
 from ..structure.verify import without
 
@@ -57,16 +57,22 @@ def eligible(
 def with_entries(base: Structure, groups: Sequence[Group], refused: Sequence[Refusal]) -> Structure:
     """`base` with these groups more; each is called as the parameter whose entries its units are.
 
-    In none of those may a group of `base` stand.
+    In none of those may a group of `base` stand. A unit is as many entries as there are for each.
     """
     units = {group.name: Units(g, group.size) for g, group in enumerate(groups, len(base.groups))}
+    each = {name: math.prod(map(size, base.tensors[name])) // own.length for name, own in units.items()}
     return replace(
         base,
         groups=(*base.groups, *groups),
         refused=(*base.refused, *refused),
         work=tuple(term for work in base.work for term in _terms(work, units)),
-        entries={**base.entries, **units},
+        entries=base.entries
+        | {n: u if each[n] == 1 else Product((u, Fixed(each[n]))) for n, u in units.items()},
     )
+
+
+def _each(units: Units, entries: int) -> Extent:
+    return units if entries == 1 else Product((units, Fixed(entries)))
 
 
 def fixed(traced: Structure) -> Structure:

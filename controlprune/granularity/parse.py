@@ -6,6 +6,7 @@
 "layer"        whole residual branches, "channel+layer": and channels   (layers.py)
 {module: …}    several at once                                     (several.py)
 "N:M"          N of every M weights along a row                    (n_m.py)
+"block:RxC"    tiles of R × C weights                              (blocks.py)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .base import Granularity
+from .blocks import Blocks
 from .channels import Channels
 from .layers import Layers
 from .n_m import NofM
@@ -26,7 +28,8 @@ from .weights import Weights
 __all__ = ["granularity_of"]
 
 NAMED = {"channel": Channels, "weight": Weights, "state": States, "layer": Layers}
-KNOWN = ", ".join([*(f'"{name}"' for name in NAMED), '"channel+layer"', '"2:4" (any N:M)', "or a dict"])
+PATTERNS = '"2:4" (any N:M), "block:64x32" (any RxC)'
+KNOWN = ", ".join([*(f'"{name}"' for name in NAMED), '"channel+layer"', PATTERNS, "or a dict"])
 
 
 def granularity_of(given: object) -> Granularity:
@@ -40,6 +43,8 @@ def granularity_of(given: object) -> Granularity:
             return Layers(channels=True)
         if found := re.fullmatch(r"(\d+):(\d+)", given):
             return NofM(*map(int, found.groups()))
+        if found := re.fullmatch(r"block:(\d+)x(\d+)", given):
+            return Blocks(*map(int, found.groups()))
         raise ValueError(f"granularity={given!r}: give one of {KNOWN}")
     if isinstance(given, Mapping) and given:
         for key, value in given.items():

@@ -50,8 +50,11 @@ def finish(run: Run, into: nn.Module | None) -> nn.Module:
     run.event = "finalize"
     run.write(decision, before, was_compact)
     small = plant.model if into is None else plant.gathered(into)
+    shapes = run.shapes
     for one in (plant, *run.followers):
         one.harden()
+    if shapes != run.shapes:
+        run.replicas.reshaped()
     run.close(small=into is None)
     return small
 
