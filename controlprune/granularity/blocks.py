@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from ..plant.base import Kind, named_tensors
 from ..plant.block_linear import BlockLinear, panels, tiles, to_blocks
-from ..plant.entries import EntryPlant, Place
+from ..plant.entries import EntryPlant
+from ..plant.place import Place
 from ..structure.groups import Group, Refusal, Structure
 from .entries import STEPS, eligible
 from .weights import Weights
@@ -98,14 +99,10 @@ class BlockPlant(EntryPlant):
     def _on(self, place: Place, entries: Tensor) -> Tensor:
         return self._tiles(entries)[:, :, 0, 0].flatten()
 
-    def _seen(self, place: Place, kind: Kind, only: Collection[int] | None) -> Tensor:
-        if kind != "entry":
-            return super()._seen(place, kind, only)
-        heard = only is None or id(place.parameter) in only
-        gradient = place.gradient() if heard else None
-        if gradient is None:
-            return torch.zeros(place.group.size, device=place.parameter.device)
-        return self._units(place, gradient.float().square()).sqrt()
+    def _row(self, place: Place, seen: Tensor, kind: Kind) -> Tensor:
+        if kind == "entry":  # their signs say nothing of the tile
+            return self._units(place, seen.float().square()).sqrt()
+        return self._units(place, seen)
 
     def _tiles(self, entries: Tensor) -> Tensor:
         return tiles(entries, self.rows, self.columns)
@@ -139,7 +136,7 @@ class BlockPlant(EntryPlant):
         if self.optimizer is None or place.parameter not in self.optimizer.state:
             return
         entries, shape = self.optimizer.state[place.parameter], place.parameter.shape
-        known = dict(self._state(place.parameter))
+        known = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
         if all(value.shape == shape or value.numel() == 1 for value in known.values()):
             for key, value in known.items():
                 if value.shape == shape:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from .layout import set_data
 
 __all__ = ["BlockLinear", "panels", "tiles", "to_blocks", "to_dense"]
+
+T = TypeVar("T", bound=nn.Module)
 
 
 def tiles(entries: Tensor, rows: int, columns: int) -> Tensor:
@@ -105,15 +107,17 @@ class BlockLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.dense_weight()
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: Any, prefix: str, *rest: Any
+    ) -> None:
         name, errors = f"{prefix}weight", rest[-1]
-        dense = state.get(name)
+        dense = state_dict.get(name)
         if isinstance(dense, Tensor) and dense.shape == (self.out_features, self.in_features):
             live = self.layout.live.to(dense.device)
             if bool((tiles(dense, *_size(dense, live)) * ~live[:, :, None, None]).any()):
                 errors.append(f"{name}: it is not zero in tiles that are not live in this model")
-            state = {**state, name: panels(dense, live)}
-        super()._load_from_state_dict(state, prefix, *rest)
+            state_dict = {**state_dict, name: panels(dense, live)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def to_blocks(linear: nn.Linear, live: Tensor) -> BlockLinear:
@@ -123,8 +127,7 @@ def to_blocks(linear: nn.Linear, live: Tensor) -> BlockLinear:
     weight.grad = None
     set_data(weight, panels(weight.detach(), live))
     weight.grad = None if gradient is None else panels(gradient, live)
-    linear.__class__ = BlockLinear
-    block = cast(BlockLinear, linear)
+    block = _become(linear, BlockLinear)
     block.layout = Layout.of(live)
     return block
 
@@ -134,8 +137,12 @@ def to_dense(block: BlockLinear) -> nn.Linear:
     block.weight.grad = None
     set_data(block.weight, block.dense_weight())
     del block.layout
-    block.__class__ = nn.Linear
-    return cast(nn.Linear, block)
+    return _become(block, nn.Linear)
+
+
+def _become(module: Any, kind: type[T]) -> T:
+    module.__class__ = kind
+    return module
 
 
 class Panels(torch.autograd.Function):

@@ -78,6 +78,10 @@ class EntryPlant(BasePlant):
         """The reverse of `_entries`."""
         return entries.flatten()
 
+    def _row(self, place: Place, seen: Tensor, kind: Kind) -> Tensor:
+        """What is seen of each unit, of what is seen of its entries."""
+        return self._units(place, seen)
+
     # --- masks ---------------------------------------------------------------------------------------
 
     @property
@@ -233,7 +237,9 @@ class EntryPlant(BasePlant):
         rows = []
         for place in self._places:
             seen = place.seen(kind) if only is None or id(place.parameter) in only else None
-            row = place.parameter.new_zeros(place.group.size) if seen is None else self._units(place, seen)
+            row = (
+                place.parameter.new_zeros(place.group.size) if seen is None else self._row(place, seen, kind)
+            )
             rows.append(row.to(self._places[0].parameter.device, torch.float32))
         return torch.cat(rows)
 
