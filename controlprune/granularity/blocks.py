@@ -129,7 +129,9 @@ class BlockPlant(EntryPlant):
             if not mask.all():
                 live = self._live(place, mask)
                 self._carry_state(place, live)
-                to_blocks(modules[place.group.name.rpartition(".")[0]], live)
+                layer = modules[place.group.name.rpartition(".")[0]]
+                assert isinstance(layer, nn.Linear)
+                to_blocks(layer, live)
 
     def _carry_state(self, place: Place, live: Tensor) -> None:
         """The optimizer's, where it is one number a weight; any other begins anew."""
