@@ -66,8 +66,7 @@ def with_entries(base: Structure, groups: Sequence[Group], refused: Sequence[Ref
         groups=(*base.groups, *groups),
         refused=(*base.refused, *refused),
         work=tuple(term for work in base.work for term in _terms(work, units)),
-        entries=base.entries
-        | {n: u if each[n] == 1 else Product((u, Fixed(each[n]))) for n, u in units.items()},
+        entries={**base.entries, **{name: _each(own, each[name]) for name, own in units.items()}},
     )
 
 
