@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from ..loop.controller import Controller
+from ..loop.export import whole_plant
 from ..plant.copies import small_copy
 from ..state.saver import KEY, carrier, present_record
 from ..state.widths import narrow
@@ -53,13 +54,7 @@ FAMILIES = {
 
 def save_pretrained(controller: Controller, folder: str | Path) -> None:
     """The small model of this moment into `folder`; a run goes on undisturbed."""
-    if not isinstance(controller, Controller):
-        raise TypeError(f"controller={type(controller).__name__}: give what controlprune.attach returned")
-    plant = controller.plant
-    if plant.group is not None:
-        raise ValueError(
-            "controller: its parameters are sharded; finalize(into=model) makes what can be kept"
-        )
+    plant = whole_plant(controller)
     model: Any = plant.model
     if not callable(getattr(type(model), "save_pretrained", None)):
         raise TypeError(

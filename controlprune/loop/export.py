@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..plant.base import BasePlant
 from ..plant.copies import compact_copies
 from ..plant.plant import Plant
 from ..state.checksum import checksum
@@ -40,23 +41,28 @@ from ..structure.surroundings import plainly
 from .controller import Controller
 from .run import require_unattached
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "whole_plant"]
 
 FORMAT = 2  # 2: with a checksum
 Masks = tuple[Tensor, ...]
 
 
+def whole_plant(controller: Controller) -> BasePlant:
+    """Of which this process holds all."""
+    if not isinstance(controller, Controller):
+        raise TypeError(f"controller={type(controller).__name__}: give what controlprune.attach returned")
+    if controller.plant.group is not None:
+        raise ValueError(
+            "controller: its parameters are sharded; small = controller.finalize(into=model) gives the small "
+            "model, which can be saved"
+        )
+    return controller.plant
+
+
 @plainly
 def save(controller: Controller, path: str | Path) -> None:
     """Write the model at its present active units; the training goes on undisturbed."""
-    if not isinstance(controller, Controller):
-        raise TypeError(f"controller={type(controller).__name__}: give what controlprune.attach returned")
-    plant = controller.plant
-    if plant.group is not None:
-        raise ValueError(
-            "controller: its parameters are sharded; small = controller.finalize(into=model) gives the small "
-            "model, whose state_dict can be saved"
-        )
+    plant = whole_plant(controller)
     own = {**dict(plant.model.named_parameters()), **dict(plant.model.named_buffers())}
     changed = sorted(own.keys() ^ plant.structure.tensors.keys())
     structure, masks = plant.portable
