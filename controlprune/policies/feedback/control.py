@@ -141,6 +141,7 @@ class ControlLoop(Policy):
         self.retargeted = False  # did the user change the budget?
         self.revised_at = 0  # the update of the last revision
         self.looks_until = 0  # the step that ends a look; 0: there is none
+        self.rests = False  # then nothing need be observed
 
     def _set_pace(self) -> None:
         """Steps between updates and observations, and what observations reach back: by the horizon."""
@@ -175,7 +176,8 @@ class ControlLoop(Policy):
     def wants(self, step: int) -> Wants:
         looking = self.looks_until > 0
         return Wants(
-            gradients=looking or (step % self.observe_every == 0 and not self._frozen(step)),
+            gradients=looking
+            or (step % self.observe_every == 0 and not self._frozen(step) and not self.rests),
             kind="return",
             decision=step in (self._freeze_step, self.looks_until) or step % self.update_every == 0,
         )
@@ -209,18 +211,23 @@ class ControlLoop(Policy):
         self.gates.learn(known, sum(prices) / max(1, len(prices)))
         return self.gates.values(known)
 
-    def _revises(self, seen: Observation) -> bool:
-        """Is a revision of the masks at the budget due, and worth what it costs?"""
-        every, passed = self.control.revise_every, self.updates - self.revised_at
-        if self.reference.level > 0.0 or every == 0 or passed < every or self._frozen(seen.step):
-            return False
-        if not any(group.returns for group in self.problem.structure.groups):
-            return False
-        if not seen.compact:
-            return True  # what is dormant is in the tensors, and observed all the time
-        resource = next(iter(self.problem.costs))
-        spacing = look_spacing(self.problem.fraction(resource, widths_of(seen.masks)), self.control.looks)
-        return "memory" not in self.problem.budget and passed * self.update_every >= spacing
+    def _until_revision(self, masks: tuple[Tensor, ...], *, compact: bool) -> float:
+        """Steps until a revision of the masks at the budget is due, and worth what it costs; inf: never."""
+        every, structure = self.control.revise_every, self.problem.structure
+        if self.reference.level > 0.0 or every == 0 or not any(group.returns for group in structure.groups):
+            return math.inf
+        spacing = float(every * self.update_every)
+        if compact:  # else what is dormant is in the tensors, and observed all the time
+            fraction = self.problem.fraction(next(iter(self.problem.costs)), widths_of(masks))
+            spacing = max(spacing, look_spacing(fraction, self.control.looks))
+            spacing = math.inf if "memory" in self.problem.budget else spacing
+        return spacing - (self.updates - self.revised_at) * self.update_every
+
+    def _at_rest(self, step: int, masks: tuple[Tensor, ...], *, compact: bool) -> bool:
+        """Will no unit move any more, whatever is observed?"""
+        free = not self.control.invert or bool(self.problem.prices) or self.reference.feeds_back
+        ahead = self._until_revision(masks, compact=compact)
+        return self.reference.level == 0.0 and not free and step + ahead > self._freeze_step
 
     # --- the update -----------------------------------------------------------------------------
 
@@ -247,7 +254,8 @@ class ControlLoop(Policy):
         always = not self.control.invert or bool(self.problem.prices)
         if self._frozen(step) and not (moved and (self.reference.feeds_back or self.retargeted)):
             return self._hold(step, masks, compact or looked, asked)
-        revises = looked or self._revises(observation)
+        due = self._until_revision(masks, compact=compact) <= 0.0 and not self._frozen(step)
+        revises = looked or due
         if revises and compact and not moved:
             return self._look(observation, asked)
         if not (revises or moved or always):
@@ -287,7 +295,7 @@ class ControlLoop(Policy):
         """Another budget or horizon from here on; what is switched or frozen may move again."""
         self.problem = problem
         self._set_pace()
-        self.retargeted = True
+        self.retargeted, self.rests = True, False
         self.prices.cover(tuple(problem.costs))
         self.reference.retarget(problem)
 
@@ -298,6 +306,7 @@ class ControlLoop(Policy):
         self, step: int, masks: tuple[Tensor, ...], compact: bool, reference: Mapping[str, float]
     ) -> Decision:
         shrinks = self.control.shrink and (compact or self._pays(step, widths_of(masks)))
+        self.rests = self._at_rest(step, masks, compact=shrinks)
         return Decision(masks, shrinks, reference, self._price())
 
     def _price(self) -> dict[str, float]:
@@ -375,7 +384,7 @@ class ControlLoop(Policy):
         self.random.set_state(state["random"])
 
 
-_PLAIN = ("retargeted", "updates", "revised_at", "looks_until")
+_PLAIN = ("retargeted", "updates", "revised_at", "looks_until", "rests")
 
 
 def _is_fraction(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -232,8 +233,26 @@ def test_no_look_where_peak_memory_is_the_budget() -> None:
     assert loop.reference.level == 0.0
     loop.updates += 1
     loop.problem = replace(loop.problem, budget={"memory": 0.5})
-    assert not loop._revises(Observation(5000, 1.0, masks=masks, compact=True))
-    assert loop._revises(Observation(5000, 1.0, masks=masks, compact=False))  # all are in the tensors anyway
+    assert loop._until_revision(masks, compact=True) == math.inf
+    assert loop._until_revision(masks, compact=False) <= 0.0  # all are in the tensors anyway
+
+
+def test_nothing_is_observed_once_no_unit_will_move() -> None:
+    """At the budget, when the next look would come after the freeze; another budget wakes it."""
+    short, long = (
+        replace(QUICK, plan=AT_ONCE, looks=0.01, update_every=10).begin(problem(total_steps=steps))
+        for steps in (200, 10_000)
+    )
+    for loop in (short, long):
+        seen(loop, useful(*range(20)))
+        assert loop.wants(5).gradients
+        answer(loop, 20, answer(loop, 10, ones()).masks, compact=True)
+        assert loop.reference.level == 0.0
+    assert not short.wants(25).gradients
+    assert short.wants(30).decision
+    assert long.wants(25).gradients
+    short.retarget(problem(Budget(flops=0.3), total_steps=200))
+    assert short.wants(25).gradients
 
 
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**70])
