@@ -80,7 +80,7 @@ def assert_no_waits(run: Run) -> set[bool]:
         updates = len(run.controller.history)
         waits = run.step()
         decided = len(run.controller.history) > updates
-        assert waits <= (PER_UPDATE if decided else Counter()), f"step {step}"  # less: norms were not asked for
+        assert waits <= (PER_UPDATE if decided else Counter()), f"step {step}"  # less: no norms
         layouts.add(run.controller.plant.compact)
     assert any(not mask.all() for mask in run.controller.masks.values())
     return layouts
