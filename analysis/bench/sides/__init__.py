@@ -40,6 +40,10 @@ LEVERS: dict[str, Make] = {
     ),
     "Fisher per FLOP, 3 early cuts": lambda: ByHand("fisher", even(0.04, 0.07, 0.1), "per cost"),
     "Fisher per FLOP, cubic": lambda: ByHand("fisher", cubic(0.05, 0.3), "per cost"),
+    "ours without dwell, revisions and looks": lambda: Ours(dwell=0, revise_every=0, looks=0.0),
+    "ours without hysteresis": lambda: Ours(hysteresis=0.0),
+    "ours with the gate network": lambda: Ours(learned=True),
+    "ours, the price steers": lambda: Ours(invert=False),
 }
 
 FOUND = ("small from scratch, widths of ours",)  # they need a row of ours at the same budget and seed
