@@ -236,8 +236,10 @@ class Plant(BasePlant):
     @property
     def has_gradients(self) -> bool:
         """Has anything that units stand in a gradient now?"""
-        tensors = self._seen or self.tensors()
-        return any(s.name in tensors and tensors[s.name].grad is not None for s in self._spots)
+        if not self._seen:
+            tensors = self.tensors()
+            self._seen = {s.name: tensors[s.name] for s in self._spots if s.name in tensors}
+        return any(tensor.grad is not None for tensor in self._seen.values())
 
     @property
     def observable(self) -> tuple[bool, ...]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .exchange import at_widths, select_live, tensors_of
-from .extents import groups_in, keep
+from .extents import Extent, groups_in, keep
 from .groups import Structure
 from .record import ExampleInputs, call_model, copied, output_tensors, reference_kernels
 from .standins import count_live
@@ -76,11 +76,15 @@ class Trial:
     seed: int
     forwards: int = 0
     _values: dict[str, Tensor] = field(default_factory=dict)
+    _readers: dict[str, list[tuple[int, int, Extent]]] = field(default_factory=dict)  # group, dim, extent
     _elsewhere: list[str] = field(default_factory=list)  # lines that ask (more) about sizes only when shrunk
     _doubles: bool | None = None  # does the model run in float64? None: not tried
 
     def __post_init__(self) -> None:
         self._values = _disturbed(self.model, self.structure, self.seed)
+        for number, group in enumerate(self.structure.groups):
+            for entry in group.readers:
+                self._readers.setdefault(entry.tensor, []).append((number, entry.dim, entry.extent))
         self._memory = Memory(self.model, weights=False)  # what a run leaves behind (caches) must not matter
 
     def run(self, masks: Sequence[Tensor], *, trains: bool = False) -> Failure | None:
@@ -152,12 +156,14 @@ class Trial:
             return self._forward(zeroed, inputs, None)
 
     def _zeroed(self, name: str, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
-        for number, group in enumerate(self.structure.groups):
-            for entry in group.readers:
-                if entry.tensor == name and not bool(masks[number].all()):
-                    alone = [m if n == number else torch.ones_like(m) for n, m in enumerate(masks)]
-                    off = ~keep(entry.extent, alone).to(value.device)
-                    value = value.index_fill(entry.dim, off.nonzero().flatten(), 0)
+        off: list[tuple[int, Tensor]] = []
+        for number, dim, extent in self._readers.get(name, ()):
+            if not bool(masks[number].all()):
+                alone = [m if n == number else torch.ones_like(m) for n, m in enumerate(masks)]
+                off.append((dim, (~keep(extent, alone)).nonzero().flatten().to(value.device)))
+        value = value.clone() if off else value
+        for dim, index in off:
+            value.index_fill_(dim, index, 0)
         return value
 
     def _forward(self, values: Values, inputs: ExampleInputs, widths: list[int] | None) -> list[Tensor]:
