@@ -1,6 +1,7 @@
 """Guards: what the model's code asks about widths, and the kinds of width patterns that it tells apart.
 
     h.shape[1] % 2 == 0      ->      eq(mod(n_g, 2), 0)
+    range(h.shape[1] // 4)   ->      value(floordiv(n_g, 4))
 
 The answers to all its guards are the kind of a width pattern; within a kind the code takes one path. Guards
 that share groups are asked together: for one group every width is tried, for two every pair (of many: small
@@ -46,6 +47,7 @@ FUNCTIONS = {
     **{name: getattr(operator, name) for name in ("truediv", "floordiv", "mod", "neg", "abs")},
     **{name: getattr(operator, name) for name in ("and_", "or_", "xor", "lshift", "rshift")},
     **{name: getattr(np, name) for name in ("ceil", "floor", "trunc")},
+    "fits": operator.eq,
     "pow": np.float_power,
 }
 Quantity: TypeAlias = "Extent | Reckoned | int | float"
@@ -53,7 +55,11 @@ Quantity: TypeAlias = "Extent | Reckoned | int | float"
 
 @dataclass(frozen=True)
 class Guard:
-    """`operator` of the terms is asked in the line of the user's code; "unknown": something is."""
+    """`operator` of the terms is asked in the line of the user's code.
+
+    "truth", "value": if it is zero, what it is; "fits": is a number that is given as a size the size? "unknown":
+    something is asked.
+    """
 
     operator: str
     terms: tuple[Quantity, ...]
@@ -84,6 +90,7 @@ def unseen(
     where kinds can't be told.
     """
     columns: list[dict[int, int]] = []
+    guards = [guard for guard in guards if guard.operator != "fits" or not _always(guard, rungs)]
     free = {g for g, widths in enumerate(rungs) if len(widths) > 1}
     for groups, together in _components(guards, free):
         missing = _unseen_of(groups, together, rungs, seen)
@@ -127,21 +134,28 @@ def _unseen_of(
     answers = np.stack([np.broadcast_to(_asked(guard, widths), tried[0].shape) for guard in guards], axis=1)
     kinds, kind = np.unique(answers, axis=0, return_inverse=True)
     if len(kinds) > MOST_KINDS:
-        raise Unprovable(f"{MANY}; {guards[0].line}", groups)
+        lost = next((guard for guard in guards if guard.operator == "value"), None)
+        raise Unprovable(f"{MANY}; {guards[0].line}" if lost is None else f"{LOST}; {lost.line}", groups)
     known = {_kind(guards, pattern) for pattern in seen}
     patterns = np.stack(tried, axis=1)
     found = []
     for number, row in enumerate(kinds):
         own = patterns[kind.reshape(-1) == number]
         only_dense = len(own) == 1 and all(n == rungs[g][-1] for n, g in zip(own[0], groups, strict=True))
-        if tuple(map(bool, row)) not in known and not only_dense:
+        if tuple(map(float, row)) not in known and not only_dense:
             places = np.unique(np.linspace(0, len(own) - 1, SHOWN).astype(int))
             found += [list(map(int, own[place])) for place in places]
     return found
 
 
-def _kind(guards: tuple[Guard, ...], widths: Sequence[int]) -> tuple[bool, ...]:
-    return tuple(bool(_asked(guard, [np.int64(n) for n in widths])) for guard in guards)
+def _always(guard: Guard, rungs: Sequence[NDArray[np.int64]]) -> bool:
+    """Does what is given as a size fit at all widths, as far as many of them tell?"""
+    random = np.random.default_rng(0)
+    return bool(np.all(_asked(guard, [random.choice(axis, SOME**2) for axis in rungs])))
+
+
+def _kind(guards: tuple[Guard, ...], widths: Sequence[int]) -> tuple[float, ...]:
+    return tuple(float(_asked(guard, [np.int64(n) for n in widths])) for guard in guards)
 
 
 def _tried(axes: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
@@ -158,7 +172,13 @@ def _tried(axes: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
 def _asked(guard: Guard, widths: Widths) -> Any:
     with np.errstate(all="ignore"):  # what would divide by zero is asked at no width that is reached
         values = [_value(term, widths) for term in guard.terms]
-        return values[0] != 0 if guard.operator == "truth" else FUNCTIONS[guard.operator](*values)
+        match guard.operator:
+            case "truth":
+                return values[0] != 0
+            case "value":
+                return np.nan_to_num(values[0])
+            case _:
+                return FUNCTIONS[guard.operator](*values)
 
 
 def _value(term: Quantity, widths: Widths) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from controlprune.structure import Structure, analyse
 from controlprune.structure.extents import Units
 from controlprune.structure.guards import Guard, Reckoned, Unprovable, unseen
+from controlprune.structure.tape.reading import SizeReader
 from controlprune.structure.tape.seen import SeenFloat, SeenInt, listening, plain
 
 from .agreement import masked_copy, run, shrunk_copy
@@ -86,7 +87,7 @@ def test_a_path_that_asks_for_more_is_not_taken() -> None:
 
 def test_followed_numbers_compute_what_plain_ones_do() -> None:
     n = SeenInt(12, 12)
-    with listening(lambda question: None):
+    with listening(lambda question: None), SizeReader():
         for f in (
             lambda k: k + 1,
             lambda k: 30 - k,

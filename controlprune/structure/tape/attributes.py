@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .axes import Axis
 from .reading import SizeReader, argument, has_seen
-from .seen import Attribute, Computed, Key, SeenInt, Size, Term, plain
+from .seen import Attribute, Computed, Key, Seen, SeenInt, Size, Term, fit, give, plain
 from .tape import Tape
 
 __all__ = ["SizeWatcher", "TracedInt", "traced_attributes"]
@@ -153,6 +153,19 @@ class SizeWatcher(SizeReader):
         except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
             return
 
+    def given_to(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, number: Seen) -> None:
+        """A size that is given should be the size of the dimension that it gives."""
+        name = getattr(func, "__name__", "")
+        sizes = _bounds if name == "__getitem__" else WATCHED.get(name)
+        try:
+            found = [] if sizes is None else sizes(self.tape, args, kwargs, result)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError):
+            found = []
+        for given, axis in found:
+            if given is number and plain(number) == axis.size:
+                return fit(number.term, axis)
+        give(number)
+
     def _bind(self, traced: TracedInt, axis: Axis) -> None:
         pieces = self.tape.regroup([axis], [value for _, value in traced.factors])
         for (key, _), piece in zip(traced.factors, pieces, strict=True):
@@ -248,6 +261,18 @@ def _getitem(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: An
         if isinstance(entry, (slice, int)):
             position += 1
     return found
+
+
+def _bounds(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    """x[..., :n] has the size n; of x[..., n:], the piece that is left out has."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if len(index) > 1 and index[0] is not Ellipsis and len(index) != args[0].dim():
+        return []
+    last, place = index[-1], 0 if len(index) == 1 else -1
+    if last.start is None:
+        return [(last.stop, _axes(tape, result)[place])]
+    axis, start = _axes(tape, args[0])[place], plain(last.start)
+    return [(last.start, tape.segment(axis, [start, axis.size - start])[0])] if last.stop is None else []
 
 
 def _summands(term: Term) -> list[TracedInt]:

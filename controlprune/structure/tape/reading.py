@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .seen import Seen, SeenInt, Term, lose, plain
+from .seen import Seen, SeenInt, Term, give, is_rough, plain
 
-__all__ = ["SizeReader", "argument", "has_seen", "plainly"]
+__all__ = ["SizeReader", "argument", "has_seen", "plainly", "seen_numbers"]
 
-READS = (Tensor.shape.__get__, Tensor.size, Tensor.numel, Tensor.__len__)  # type: ignore[attr-defined]
+COUNTS = (Tensor.numel, Tensor.nelement, torch.numel)
+READS = (Tensor.shape.__get__, Tensor.size, Tensor.stride, Tensor.__len__, *COUNTS)  # type: ignore[attr-defined]
+
+MADE_OF = ("tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor", "arange", "linspace")  # numbers
+FILLED = {"full": 1, "new_full": 2, "full_like": 1}  # with the argument there
 
 
 class SizeReader(TorchFunctionMode):
@@ -26,7 +30,19 @@ class SizeReader(TorchFunctionMode):
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What happens with any other function."""
-        return func(*plainly(args), **{name: plainly(value) for name, value in kwargs.items()})
+        result = func(*plainly(args), **{name: plainly(value) for name, value in kwargs.items()})
+        values, name = (args, tuple(kwargs.values())), getattr(func, "__name__", "")
+        made = seen_numbers(values) if name in MADE_OF else seen_numbers(filling(args, kwargs, FILLED.get(name)))
+        for number in made:
+            give(number)
+        for number in () if name in MADE_OF else seen_numbers(values):
+            if is_rough(number.term):
+                self.given_to(func, args, kwargs, result, number)
+        return result
+
+    def given_to(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, number: Seen) -> None:
+        """What happens with a number among the arguments that can be the same for two widths."""
+        give(number)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -36,10 +52,14 @@ class SizeReader(TorchFunctionMode):
         sizes = [SeenInt(n, term) for n, term in zip(args[0].shape, terms, strict=True)]
         if isinstance(read, torch.Size):
             return torch.Size(sizes)
-        if func is Tensor.numel:
+        if func in COUNTS:
             return math.prod(sizes)
         if func is Tensor.__len__:  # len() makes it a plain int
-            lose(sizes[0], through=3)  # this file, torch/overrides.py, torch/_tensor.py
+            give(sizes[0])
+            return read
+        if func is Tensor.stride:  # products of sizes, in an order that is not followed
+            for size in sizes[1:]:
+                give(size)
             return read
         return sizes[argument(args, kwargs, 1, "dim")]
 
@@ -52,11 +72,23 @@ def argument(
 
 def has_seen(value: object) -> bool:
     """Is there a followed number in it?"""
+    return any(True for _ in seen_numbers(value))
+
+
+def filling(args: Any, kwargs: dict[str, Any], position: int | None) -> Any:
+    """What a tensor is filled with, given there or by its name."""
+    return () if position is None else argument(args, kwargs, position, "fill_value", ())
+
+
+def seen_numbers(value: object) -> Iterator[Seen]:
+    """The followed numbers in it."""
     if isinstance(value, Seen):
-        return True
-    if isinstance(value, slice):
-        return isinstance(value.start, Seen) or isinstance(value.stop, Seen)
-    return isinstance(value, (tuple, list)) and any(has_seen(item) for item in value)
+        yield value
+    elif isinstance(value, slice):
+        yield from seen_numbers((value.start, value.stop, value.step))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from seen_numbers(item)
 
 
 def plainly(value: Any) -> Any:
@@ -65,6 +97,7 @@ def plainly(value: Any) -> Any:
         return plain(value)
     if isinstance(value, slice):
         return slice(plain(value.start), plain(value.stop), plain(value.step))
-    if type(value) in (tuple, list) and has_seen(value):
-        return type(value)(plainly(item) for item in value)
+    if isinstance(value, (tuple, list)) and has_seen(value):
+        kind = list if isinstance(value, list) else tuple
+        return kind(plainly(item) for item in value)
     return value

@@ -2,8 +2,9 @@
 
     h.shape[1] % 2 == 0      ->      eq(mod(size of an axis, 2), 0)
 
-`SeenInt` and `SeenFloat` are an int and a float with such a term. Arithmetic gives others; a comparison, or
-their truth, is a question, told to whoever listens, with the line of the user's code that asked it. What
+`SeenInt` and `SeenFloat` pass for an int and a float, with such a term. Arithmetic gives others; a comparison,
+or their truth, is a question, told to whoever listens, with the line of the user's code that asked it; so is
+their value, wherever it goes that is not followed (`range(n)`, a list's index, a key, a text, math.gcd). What
 torch's own code asks is torch's business. Without a listener they behave as the plain numbers they are.
 """
 
@@ -20,11 +21,16 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeAlias
 
+import numpy as np
+import torch
+
 from ..guards import Place
 from .axes import Axis
 
 __all__ = [
+    "FITS",
     "UNKNOWN",
+    "VALUE",
     "Attribute",
     "Computed",
     "Key",
@@ -34,8 +40,10 @@ __all__ = [
     "SeenInt",
     "Size",
     "Term",
+    "fit",
+    "give",
+    "is_rough",
     "listening",
-    "lose",
     "plain",
     "term_of",
 ]
@@ -81,7 +89,11 @@ class Question:
 
 
 NOT_ASKED = ("torch", __name__.partition(".")[0])  # packages whose own questions are none of the model's
+FOLDER = __file__.rpartition("/")[0] + "/"
+SMOOTH = ("add", "sub", "mul", "truediv", "neg", "pow")
 DEEPEST = 64  # operators, one upon the other (a counter in a loop), that are followed
+VALUE = "value"  # the operator of a question for the number itself: each number is an answer of its own
+FITS = "fits"  # of a question whether a number that is given as a size is the size
 UNKNOWN = "unknown"  # the operator of a question after which a number is no longer followed
 Listener: TypeAlias = "Callable[[Question], object]"
 _listener: list[Listener] = []
@@ -98,36 +110,64 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 class Seen:
-    """What both kinds of numbers share; the operators are added below."""
+    """What both kinds of numbers share; the operators are added below.
 
-    __slots__ = ()
-    term: Term
+    It passes for an int or a float (`isinstance`), but is none, so that C code (range, lists, math, numpy) has
+    to ask it for its number. torch's takes it for a symbolic one, and hands it on to TorchFunctionModes.
+    """
+
+    __slots__ = ("term", "value")
+
+    def __init__(self, value: float, term: Term) -> None:
+        self.value, self.term = value, term
+
+    def _given(self) -> Any:
+        """Its number, for code in which it is not followed."""
+        _tell(VALUE, self.term)
+        return self.value
 
     def __reduce__(self) -> Any:
-        return type(plain(self)), (plain(self),)
+        return type(self.value), (self.value,)
 
     def __deepcopy__(self, memo: object) -> int | float:
-        return plain(self)
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        """What else numbers can do: `n.bit_length()`."""
+        found = getattr(self.value, name)
+        _tell(VALUE, self.term)
+        return found
 
     def __hash__(self) -> int:
-        _tell(UNKNOWN, self.term)
-        return hash(plain(self))
+        return hash(self._given())
 
     def __bool__(self) -> bool:
         _tell("truth", self.term)
-        return bool(plain(self))
+        return bool(self.value)
 
     def __int__(self) -> int:
-        _tell(UNKNOWN, self.term)
-        return int(plain(self))
+        return int(self._given())
+
+    def __float__(self) -> float:
+        return float(self._given())
+
+    def __complex__(self) -> complex:
+        return complex(self._given())
+
+    def __round__(self, digits: int | None = None) -> int | float:
+        return round(self._given(), digits)
 
     def __format__(self, spec: str) -> str:
-        _tell(UNKNOWN, self.term)
-        return format(plain(self), spec)
+        return format(self._given(), spec)
 
     def __str__(self) -> str:
-        _tell(UNKNOWN, self.term)
-        return str(plain(self))
+        return str(self._given())
+
+    def __repr__(self) -> str:
+        return repr(self._given())
+
+    def __array__(self, *given: Any, **named: Any) -> Any:
+        return np.asarray(self._given()).__array__(*given, **named)
 
     def __divmod__(self, other: Any) -> Any:
         return _computed("floordiv", self, other), _computed("mod", self, other)
@@ -135,47 +175,50 @@ class Seen:
     def __rdivmod__(self, other: Any) -> Any:
         return _computed("floordiv", other, self), _computed("mod", other, self)
 
-    def __float__(self) -> float:
-        _tell(UNKNOWN, self.term)
-        return float(plain(self))
+
+class _IntToAll(torch.SymInt, int):
+    """What an int is to `isinstance`, and a symbolic one to torch's parser of arguments."""
 
 
-class SeenInt(Seen, int):
-    def __new__(cls, value: int, term: Term) -> SeenInt:
-        seen = int.__new__(cls, value)
-        seen.term = term
-        return seen
-
-    __hash__ = Seen.__hash__
-    __repr__ = int.__repr__
-    __str__ = Seen.__str__
+class _FloatToAll(torch.SymFloat, float):
+    """The same of a float."""
 
 
-class SeenFloat(Seen, float):
-    def __new__(cls, value: float, term: Term) -> SeenFloat:
-        seen = float.__new__(cls, value)
-        seen.term = term
-        return seen
+class SeenInt(Seen):
+    __slots__ = ()
+    __class__ = property(lambda self: _IntToAll)  # type: ignore[assignment]
 
-    __hash__ = Seen.__hash__
-    __repr__ = float.__repr__
-    __str__ = Seen.__str__
+    def __index__(self) -> int:
+        return self._given()
+
+
+class SeenFloat(Seen):
+    __slots__ = ()
+    __class__ = property(lambda self: _FloatToAll)  # type: ignore[assignment]
 
 
 def plain(value: Any) -> Any:
     """The number itself; anything else as it is."""
-    if isinstance(value, SeenInt):
-        return int.__index__(value)
-    return float.__add__(value, 0.0) if isinstance(value, SeenFloat) else value
+    return value.value if issubclass(type(value), Seen) else value
 
 
 def term_of(value: Any) -> Term:
     return value.term if isinstance(value, Seen) else value
 
 
-def lose(value: SeenInt, through: int) -> None:
-    """The number goes where it is not followed; so many files lie between the user's code and here."""
-    _tell(UNKNOWN, value.term, through=through)
+def give(value: Seen) -> None:
+    """The number goes where it is not followed."""
+    _tell(VALUE, value.term, through=True)
+
+
+def fit(term: Term, axis: Axis) -> None:
+    """The number is given as the size of the axis."""
+    _tell(FITS, term, Size(axis), through=True)
+
+
+def is_rough(term: Term) -> bool:
+    """Can it be the same for two widths, or jump from one to the next?"""
+    return isinstance(term, Computed) and (term.operator not in SMOOTH or any(map(is_rough, term.terms)))
 
 
 def _computed(name: str, *values: Any) -> Any:
@@ -193,19 +236,27 @@ def _computed(name: str, *values: Any) -> Any:
     return SeenInt(result, term) if isinstance(result, int) else SeenFloat(result, term)
 
 
-def _tell(name: str, *terms: Term, through: int = 0) -> None:
-    """Tell who listens; `through`: so many files of others lie between the user's code and here."""
+def _tell(name: str, *terms: Term, through: bool = False) -> None:
+    """Tell who listens, unless torch asks; `through`: it was torch that the number was given to."""
     if not _listener:
         return
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(1 + through):
-        frame = _out_of_file(frame)
+    frame = _giver() if through else _out_of_file(sys._getframe(1))
     if frame is None or str(frame.f_globals.get("__name__")).partition(".")[0] in NOT_ASKED:
         return
     code = frame.f_code
     shown = linecache.getline(code.co_filename, frame.f_lineno).strip()
     line = f"{code.co_filename.rpartition('/')[2]}:{frame.f_lineno}: {shown}"
     _listener[-1](Question(name, terms, (code.co_filename, code.co_name, *_position(frame)), line))
+
+
+def _giver() -> FrameType | None:
+    """Who called torch, which handed the call on to this folder."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(FOLDER):
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_filename == torch.overrides.__file__:
+        frame = _out_of_file(_out_of_file(frame))
+    return frame
 
 
 def _position(frame: FrameType) -> Iterable[int | None]:
@@ -224,7 +275,9 @@ def _out_of_file(frame: FrameType | None) -> FrameType | None:
 
 
 def _operator(name: str, *, reflected: bool) -> Callable[[Any, Any], Any]:
-    def method(self: Any, other: Any) -> Any:
+    def method(self: Any, other: Any, modulus: Any = None) -> Any:
+        if modulus is not None:
+            return pow(self._given(), plain(other), plain(modulus))
         if not isinstance(other, (int, float)):
             return NotImplemented
         return _computed(name, other, self) if reflected else _computed(name, self, other)

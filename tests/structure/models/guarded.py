@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["BENIGN", "GUARDS", "Guarded"]
 
@@ -117,6 +121,75 @@ def _ratio(net: Guarded, h: Tensor) -> Tensor:
     return h if h.shape[1] / net.second.out_features > 1 else -h
 
 
+def _rare(n: Any) -> Any:
+    """1 at 45 of 64 widths, else 0, without a comparison."""
+    return n * 27 % 64 // 63
+
+
+def _turns(net: Guarded, h: Tensor) -> Tensor:
+    for _ in range(_rare(h.shape[1])):
+        h = -h
+    return h
+
+
+def _counted(net: Guarded, h: Tensor) -> Tensor:
+    for k, _ in enumerate("ab", _rare(h.size(1))):
+        h = h * (k + 1)
+    return h
+
+
+def _cut(net: Guarded, h: Tensor) -> Tensor:
+    n = h.shape[1] - _rare(h.shape[1])
+    return torch.cat([h[:, :n], 2 * h[:, n:]], 1)
+
+
+def _edge(net: Guarded, h: Tensor) -> Tensor:
+    return functional.pad(h, (0, _rare(h.shape[1])), value=1.0).cummax(1)[0][:, : h.shape[1]]
+
+
+def _in_place(net: Guarded, h: Tensor) -> Tensor:
+    h = h.clone()
+    h[_rare(h.shape[1]) :] *= 2
+    return h
+
+
+_remembering = lru_cache(lambda n: 1 + _rare(n))
+
+HIDDEN: dict[str, Callable[[Guarded, Tensor], Tensor]] = {  # all are other than what they were at one width
+    "turns": _turns,
+    "counted": _counted,
+    "cut": _cut,
+    "edge": _edge,
+    "in_place": _in_place,
+    "own_turns": lambda net, h: -h if list(range(_rare(net.first.out_features))) else h,
+    "listed": lambda net, h: h * [1, 2][_rare(h.shape[1])],
+    "sliced_list": lambda net, h: h * sum([1, 1][: 1 + _rare(h.shape[1])]),
+    "repeated": lambda net, h: h * (1 + len([0] * _rare(h.shape[1]))),
+    "some_of": lambda net, h: h * sum(itertools.islice([1, 1], 1 + _rare(h.shape[1]))),
+    "scaled": lambda net, h: h * (1 + _rare(h.shape[1])),
+    "stacked": lambda net, h: torch.stack([h] * (1 + _rare(h.shape[1]))).sum(0),
+    "rolled": lambda net, h: h.roll(_rare(h.shape[1]), 0),
+    "remembering": lambda net, h: h * _remembering(h.shape[1]),
+    "tensor_of_it": lambda net, h: h * (1 + (torch.tensor(h.shape[1]) == 45)),
+    "filled": lambda net, h: h * (1 + (torch.full((1,), h.shape[1]) == 45)),
+    "row_of_it": lambda net, h: h * (1 + (torch.arange(h.shape[1]).amax() == 44)),
+    "strides": lambda net, h: -h if h.stride(0) == 45 else h,
+    "shape_as_text": lambda net, h: -h if repr(h.shape).endswith("45])") else h,
+    "shape_as_key": lambda net, h: h * {torch.Size((4, 45)): 2}.get(h.shape, 1),
+    "name": lambda net, h: h * {"w45": 2}.get(f"w{h.shape[1]}", 1),
+    "percent": lambda net, h: -h if "%d" % h.shape[1] == "45" else h,  # noqa: UP031
+    "divisor": lambda net, h: h * (2 if math.gcd(h.shape[1], 53) == 53 else 1),
+    "root": lambda net, h: -h if math.sqrt(h.shape[1]) % 7 == 0 else h,
+    "root_of_half": lambda net, h: -h if math.sqrt(h.shape[1] / 2) == 5 else h,
+    "bits": lambda net, h: h * (2 - min((h.shape[1] ^ 45).bit_length(), 1)),
+    "rounded": lambda net, h: -h if round(h.shape[1] / 64, 3) == 0.703 else h,
+    "array": lambda net, h: -h if np.prod(h.shape[1:]) == 45 else h,
+    "length_of_range": lambda net, h: -h if len(range(h.shape[1])) == 45 else h,
+    "powers": lambda net, h: -h if pow(h.shape[1], 2, 67) == 45 * 45 % 67 else h,
+    "sorted": lambda net, h: -h if sorted([h.shape[1], 45, 46])[1] == 46 else h,
+    "noise": lambda net, h: functional.dropout(h, 0.5 * _rare(h.shape[1]), training=True),
+}
+
 GUARDS: dict[str, Callable[[], Guarded]] = {
     name: partial(Guarded, *(given if isinstance(given, tuple) else (given,)))
     for name, given in {
@@ -163,7 +236,7 @@ GUARDS: dict[str, Callable[[], Guarded]] = {
             24,
         ),
     }.items()
-}
+} | {name: partial(Guarded, follow, 64) for name, follow in HIDDEN.items()}
 
 BENIGN: dict[str, Callable[[], Guarded]] = {  # asks too, and does the same whatever the answer is
     name: partial(Guarded, *(given if isinstance(given, tuple) else (given,)))
@@ -171,6 +244,8 @@ BENIGN: dict[str, Callable[[], Guarded]] = {  # asks too, and does the same what
         "asserted": lambda net, h: h if h.shape[1] == net.first.out_features else h[:, 100:],
         "same_either_way": lambda net, h: h * 2 if h.shape[1] % 2 else h + h,
         "batch": lambda net, h: h * 2 if h.shape[0] > 2 else h,
+        "folded": lambda net, h: h.view(len(h), 2, h.shape[1] // 2).tanh().flatten(1),
+        "per_example": lambda net, h: torch.stack([h[k] for k in range(h.shape[0])]),
         "rank": lambda net, h: h * 2 if h.dim() == 2 else h,
     }.items()
 }
