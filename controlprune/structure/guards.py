@@ -57,8 +57,8 @@ Quantity: TypeAlias = "Extent | Reckoned | int | float"
 class Guard:
     """`operator` of the terms is asked in the line of the user's code.
 
-    "truth", "value": if it is zero, what it is; "fits": is a number that is given as a size the size? "unknown":
-    something is asked.
+    "truth", "value": if it is zero, what it is; "fits": is a number that is given as a size the size?
+    "unknown": something is asked.
     """
 
     operator: str

@@ -31,9 +31,8 @@ class SizeReader(TorchFunctionMode):
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What happens with any other function."""
         result = func(*plainly(args), **{name: plainly(value) for name, value in kwargs.items()})
-        values, name = (args, tuple(kwargs.values())), getattr(func, "__name__", "")
-        made = seen_numbers(values) if name in MADE_OF else seen_numbers(filling(args, kwargs, FILLED.get(name)))
-        for number in made:
+        name, values = getattr(func, "__name__", ""), (args, tuple(kwargs.values()))
+        for number in seen_numbers(values if name in MADE_OF else filling(args, kwargs, FILLED.get(name))):
             give(number)
         for number in () if name in MADE_OF else seen_numbers(values):
             if is_rough(number.term):

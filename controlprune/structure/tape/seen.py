@@ -2,10 +2,11 @@
 
     h.shape[1] % 2 == 0      ->      eq(mod(size of an axis, 2), 0)
 
-`SeenInt` and `SeenFloat` pass for an int and a float, with such a term. Arithmetic gives others; a comparison,
-or their truth, is a question, told to whoever listens, with the line of the user's code that asked it; so is
-their value, wherever it goes that is not followed (`range(n)`, a list's index, a key, a text, math.gcd). What
-torch's own code asks is torch's business. Without a listener they behave as the plain numbers they are.
+`SeenInt` and `SeenFloat` pass for an int and a float, with such a term. Arithmetic gives others; a
+comparison, or their truth, is a question, told to whoever listens, with the line of the user's code that
+asked it; so is their value, wherever it goes that is not followed (`range(n)`, a list's index, a key, a text,
+math.gcd). What torch's own code asks is torch's business. Without a listener they behave as the plain numbers
+they are.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def listening(listener: Listener) -> Iterator[None]:
 class Seen:
     """What both kinds of numbers share; the operators are added below.
 
-    It passes for an int or a float (`isinstance`), but is none, so that C code (range, lists, math, numpy) has
-    to ask it for its number. torch's takes it for a symbolic one, and hands it on to TorchFunctionModes.
+    It passes for an int or a float (`isinstance`), but is none, so that C code (range, lists, math, numpy)
+    has to ask it for its number. torch's takes it for a symbolic one, and hands it on to TorchFunctionModes.
     """
 
     __slots__ = ("term", "value")
@@ -176,17 +177,14 @@ class Seen:
         return _computed("floordiv", other, self), _computed("mod", other, self)
 
 
-class _IntToAll(torch.SymInt, int):
-    """What an int is to `isinstance`, and a symbolic one to torch's parser of arguments."""
-
-
-class _FloatToAll(torch.SymFloat, float):
-    """The same of a float."""
+# what an int and a float are to `isinstance`, and symbolic ones to torch's parser of arguments
+INT_TO_ALL: Any = type("int", (torch.SymInt, int), {})
+FLOAT_TO_ALL: Any = type("float", (torch.SymFloat, float), {})
 
 
 class SeenInt(Seen):
     __slots__ = ()
-    __class__ = property(lambda self: _IntToAll)  # type: ignore[assignment]
+    __class__ = property(lambda self: INT_TO_ALL)  # type: ignore[assignment]
 
     def __index__(self) -> int:
         return self._given()
@@ -194,7 +192,7 @@ class SeenInt(Seen):
 
 class SeenFloat(Seen):
     __slots__ = ()
-    __class__ = property(lambda self: _FloatToAll)  # type: ignore[assignment]
+    __class__ = property(lambda self: FLOAT_TO_ALL)  # type: ignore[assignment]
 
 
 def plain(value: Any) -> Any:
