@@ -34,6 +34,7 @@ OWN_SIZES = {  # of torch's own modules
     *("num_features", "num_channels", "num_groups", "num_parameters", "embedding_dim", "embed_dim"),
     *("num_heads", "kdim", "vdim", "d_model", "input_size", "hidden_size"),
 }
+PLAIN: Any = SeenInt
 
 
 class TracedInt(SeenInt):
@@ -48,11 +49,11 @@ class TracedInt(SeenInt):
         return traced
 
     def __mul__(self, other: Any) -> Any:
-        product = SeenInt.__mul__(self, other)
+        product = PLAIN.__mul__(self, other)
         return TracedInt.of(product, self.factors + _factors(other)) if _seen(product) else product
 
     def __rmul__(self, other: Any) -> Any:
-        product = SeenInt.__rmul__(self, other)
+        product = PLAIN.__rmul__(self, other)
         return TracedInt.of(product, _factors(other) + self.factors) if _seen(product) else product
 
 
@@ -214,7 +215,9 @@ def _whole_shape(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result
 def _times(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
     pairs = _whole_shape(tape, args, kwargs, result)
     return [
-        (k, tape.regroup([axis], [k, axis.size // k])[0]) for k, axis in pairs if isinstance(k, TracedInt)
+        (k, tape.regroup([axis], [n := plain(k), axis.size // n])[0])
+        for k, axis in pairs
+        if isinstance(k, TracedInt)
     ]
 
 
@@ -254,7 +257,7 @@ def _getitem(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: An
         elif isinstance(entry, slice):
             axis = axes[position]
             for bound in (entry.start, entry.stop):
-                if isinstance(bound, SeenInt) and 0 < bound < axis.size:
+                if isinstance(bound, SeenInt) and 0 < plain(bound) < axis.size:
                     parts = _summands(bound.term)
                     sizes = [plain(part) for part in parts]
                     found += zip(parts, tape.segment(axis, [*sizes, axis.size - sum(sizes)]), strict=False)
@@ -268,7 +271,7 @@ def _bounds(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     if len(index) > 1 and index[0] is not Ellipsis and len(index) != args[0].dim():
         return []
-    last, place = index[-1], 0 if len(index) == 1 else -1
+    last, place = args[1][-1] if isinstance(args[1], tuple) else args[1], 0 if len(index) == 1 else -1
     if last.start is None:
         return [(last.stop, _axes(tape, result)[place])]
     axis, start = _axes(tape, args[0])[place], plain(last.start)
@@ -300,7 +303,7 @@ def _repeat_interleave(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], 
     if dim is None or not isinstance(k, TracedInt):
         return []
     axis = _axes(tape, result)[dim]
-    return [(k, tape.regroup([axis], [axis.size // k, k])[1])]
+    return [(k, tape.regroup([axis], [axis.size // plain(k), plain(k)])[1])]
 
 
 def _grouped_queries(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:

@@ -48,7 +48,7 @@ class SizeReader(TorchFunctionMode):
         if func not in READS:
             return self.called(func, args, kwargs)
         read, terms = func(*args, **kwargs), self.terms_of(args[0])
-        sizes = [SeenInt(n, term) for n, term in zip(args[0].shape, terms, strict=True)]
+        sizes: list[Any] = [SeenInt(n, term) for n, term in zip(args[0].shape, terms, strict=True)]
         if isinstance(read, torch.Size):
             return torch.Size(sizes)
         if func in COUNTS:
