@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -115,7 +116,7 @@ def live(model: nn.Module, density: float) -> int:
 # --- what is trained ------------------------------------------------------------------------------------
 
 
-def mnist(data: Path, steps: int = 1000, batch: int = 128) -> Task:
+def mnist(data: Path, steps: int = 600, batch: int = 128) -> Task:
     """784-300-100-10."""
 
     @cache
@@ -148,7 +149,7 @@ def mnist(data: Path, steps: int = 1000, batch: int = 128) -> Task:
     )
 
 
-def cifar(data: Path, steps: int = 800, batch: int = 64) -> Task:
+def cifar(data: Path, steps: int = 500, batch: int = 32) -> Task:
     """The bench's CNN at half its widths, 16-32-64-64, on CIFAR-10 at 16×16."""
     task = scratch(data, steps, batch, widths=(16, 32, 64, 64))
     return replace(task, name="cifar", budgets=DENSITIES, glance=None)
@@ -169,13 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--sides", nargs="+", default=list(POLICIES), choices=list(POLICIES), metavar="SIDE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after that none is begun")
     parser.add_argument("--into", type=Path, metavar="PAGE.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     results = Results(options.results)
     if options.command == "run":
         torch.set_num_threads(1)
-        _run([TASKS[name](options.data) for name in options.tasks], options.sides, options.seeds, results)
+        made = [TASKS[name](options.data) for name in options.tasks]
+        _run(made, options.sides, options.seeds, results, time.monotonic() + 60 * options.minutes)
     elif options.into is None:
         print(tables(results.rows()))
     else:
@@ -184,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(tasks: Sequence[Task], sides: Sequence[str], seeds: Sequence[int], results: Results) -> None:
+def _run(
+    tasks: Sequence[Task], sides: Sequence[str], seeds: Sequence[int], results: Results, until: float
+) -> None:
     pieces = [(seed, task, "dense", 1.0) for seed, task in product(seeds, tasks)]
     pieces += [
         (seed, task, side, density)
@@ -193,7 +198,7 @@ def _run(tasks: Sequence[Task], sides: Sequence[str], seeds: Sequence[int], resu
     ]
     for seed, task, side, density in sorted(pieces, key=lambda piece: piece[0]):
         key = {"task": task.name, "side": side, "budget": density, "seed": seed, "steps": task.steps}
-        if results.has(**key):
+        if results.has(**key) or time.monotonic() > until:
             continue
         made = Side() if side == "dense" else Weights(POLICIES[side])
         row = measured(task, made, side, density, seed, lambda *_: None)
