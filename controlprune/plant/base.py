@@ -33,7 +33,7 @@ Kind = Literal["gate", "return", "entry"]
 """Of a weight `w` of gradient ∂w, where it is on, and where it is off (zero) and s is the RMS of those on:
 
     gate     w ∂w        0            what its going does; at zero there is nothing to go
-    return   w ∂w        −s |∂w|      of one that is off, as if it stood at s against its gradient
+    return   w ∂w        s ∂w         of one that is off, as if it stood at s
     entry    ∂w          ∂w
 
 A channel's columns are parked with their values: its gate gradient is what it is, whatever is asked.

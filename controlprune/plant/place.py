@@ -107,7 +107,7 @@ class Place:
         if kind == "return" and self.here is not None:
             on = self.here != 0
             size = (weights.square().sum() / on.sum()).sqrt()
-            gate = torch.where(on, gate, -size * gradient.abs())
+            gate = torch.where(on, gate, size * gradient)
         return gate
 
 

@@ -52,15 +52,19 @@ from ...cost.problem import Problem
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
 from ...saliency.network import GateController, Statistics, apportioned, first_guess
+from ...saliency.regrowth import regrowth
 from ...saliency.worth import margin_price, weighed
 from ...structure.groups import widths_of
 from ..base import Decision, Observation, Policy, Wants
+from ..rigl import cosine
 from .pace import LOOK, look_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
 from .reference import Reference
 from .units import UnitRecord
 
 __all__ = ["Control", "ControlLoop"]
+
+EXCHANGED = 0.3  # of single weights, in the first revision
 
 
 @dataclass(frozen=True)
@@ -206,10 +210,14 @@ class ControlLoop(Policy):
         if self.control.value is not None:
             return _checked_values(self.control.value(known), known)
         if self.gates is None:
-            return first_guess(known)
-        prices = self.prices.now().values()
-        self.gates.learn(known, sum(prices) / max(1, len(prices)))
-        return self.gates.values(known)
+            values = first_guess(known)
+        else:
+            prices = self.prices.now().values()
+            self.gates.learn(known, sum(prices) / max(1, len(prices)))
+            values = self.gates.values(known)
+        structure = self.problem.structure
+        weights = [n for n, name in enumerate(structure.names) if name in structure.entries]
+        return regrowth(values, known, weights, cosine(EXCHANGED, known.progress, self.control.freeze))
 
     def _until_revision(self, masks: tuple[Tensor, ...], *, compact: bool) -> float:
         """Steps until a revision of the masks at the budget is due, and worth what it costs; inf: never."""
