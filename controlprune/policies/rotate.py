@@ -119,7 +119,7 @@ class Turning(Schedule):
         return replace(wants, decision=wants.decision or step == self._last_turn)
 
     def decide(self, observation: Observation) -> Decision | None:
-        whole = self.rule.ends_with(self.problem)
+        whole = self.rule.ends_with(self.problem) if self.rule.until < 1.0 else None
         if whole is None or observation.final or observation.step < self._last_turn:
             return super().decide(observation)
         return None if all(bool(mask.all()) for mask in observation.masks) else whole

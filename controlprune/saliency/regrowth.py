@@ -5,7 +5,7 @@ weight that is off stands at zero: to first order nearly all of those would be w
 So, with n weights of a layer on,
 
     on      v_i = ½ H_i = ½ B Var(g_i) + …         the Fisher diagonal, w_i² F_i (as in optimal brain damage)
-    off     the j-th of largest |mean ∂w|:         v = (1 + EDGE) · the j-th smallest value of those that are on
+    off     the j-th of largest |mean ∂w|:         v = (1 + EDGE) · the j-th smallest value that is on
             for j ≤ k = ⌊share · n⌋, nothing for the others
 
 and a revision exchanges at most k of them, the least for those that the gradient wants most: RigL's regrowth

@@ -401,3 +401,22 @@ def test_what_is_tied_or_parametrised_or_frozen_is_left_alone_and_said_so() -> N
         "it is parametrised",
     ):
         assert words in report
+
+
+def test_the_controller_exchanges_a_part_at_a_time() -> None:
+    """A gradient of one step is noise: were it taken for a promise, nearly all would be exchanged."""
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    policy = cp.Control(update_every=2, observe_every=1, revise_every=2, dwell=1)
+    controller = attach(model, optimizer, policy, 200)
+    for t in range(200):
+        x, y = batch(t, (8,))
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    rows = list(controller.history)
+    assert sum(sum(row.on) for row in rows) > 20
+    for row in rows:
+        assert all(on <= 0.3 * active for on, active in zip(row.on, row.active, strict=True))

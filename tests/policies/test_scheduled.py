@@ -30,7 +30,7 @@ RULES: dict[str, Rule] = {
     "snip": cp.Static(by="snip", batches=3),
     "set": cp.SET(update_every=7),
     "rigl": cp.RigL(update_every=7, look=2),
-    "rotation": cp.Rotation(active=0.4, period=4, final="small"),
+    "rotation": cp.Rotation(active=0.4, period=4, final="small", until=0.9),
 }
 BUDGETS = {"flops": cp.Budget(flops=0.5), "both": cp.Budget(flops=0.6, params=0.4)}
 
@@ -183,6 +183,23 @@ def test_a_rotation_under_a_budget_ends_dense() -> None:
     assert all(row.realised["flops"] <= 0.2 for row in run.controller.history)
     assert [m.out_features for m in run.controller.finalize() if isinstance(m, nn.Linear)] == [32, 24, 4]
     assert run.controller.history[-1].realised["flops"] == 1.0
+
+
+@pytest.mark.parametrize("final", ["dense", "small"])
+def test_a_rotation_trains_the_end_together(final: str) -> None:
+    policy = cp.Rotation(active=0.25, period=5, until=0.75, final=final)
+    run = rig("mlp", "adam", budget=cp.Budget(flops=1.0), policy=policy, total_steps=40)
+    run.train(0, 29)
+    assert any(sum(row.on) for row in list(run.controller.history)[1:])
+    assert run.controller.plant.compact
+    run.train(29, 30)
+    masks, whole = run.controller.masks, all(bool(m.all()) for m in run.controller.masks.values())
+    assert whole == (final == "dense") == (not run.controller.plant.compact)
+    run.train(30, 40)
+    assert all(torch.equal(mask, masks[name]) for name, mask in run.controller.masks.items())
+    small = run.controller.finalize()
+    assert next(m.out_features for m in small if isinstance(m, nn.Linear)) == (32 if final == "dense" else 8)
+    assert hooks(small, run.optimizer) == 0
 
 
 def test_a_rotation_keeps_what_is_parked() -> None:
