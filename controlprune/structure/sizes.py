@@ -19,6 +19,7 @@ from .tape.tape import MEET, Tape
 __all__ = ["bind_module_attributes", "get_size", "let_heads_leave", "set_size", "set_sizes"]
 
 ATTENTION = "nn.MultiheadAttention with add_bias_kv or add_zero_attn has keys of its own: no head can leave"
+PROJECTED = "nn.LSTM with proj_size tells its two states by their sizes: only the projected one can shrink"
 
 
 def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | None) -> None:
@@ -134,15 +135,18 @@ def _bind_convolution(tape: Tape, path: str, module: nn.modules.conv._ConvNd) ->
 
 
 def _bind_recurrent(tape: Tape, path: str, module: nn.RNNBase) -> None:
-    """All layers and directions have one hidden size; torch tells projections by their differing size."""
+    """All layers and directions have one hidden size, and one of what it is projected to.
+
+    torch tells projections by P ≠ H: only the smaller may shrink, so that they never meet.
+    """
     for name, _ in module.named_parameters(recurse=False):
-        if not name.startswith(("weight_hh", "weight_hr")):
+        axis = _axis(tape, path, name, 1) if name.startswith(("weight_hh", "weight_hr")) else None
+        if axis is None:
             continue
-        axis = _axis(tape, path, name, 1)
-        if axis is not None and module.proj_size:
-            pin(axis, "nn.LSTM with proj_size needs sizes of its states that differ")
-        elif axis is not None:
-            tape.bind(path, "hidden_size", None, axis)
+        if name.startswith("weight_hr"):
+            pin(axis, PROJECTED)
+        else:
+            tape.bind(path, "proj_size" if module.proj_size else "hidden_size", None, axis)
 
 
 def _bind_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> None:

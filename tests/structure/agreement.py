@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from controlprune.structure import Structure, set_sizes
 from controlprune.structure.extents import groups_in, labels, size
 from controlprune.structure.record import reference_kernels
 
-__all__ = ["disagreement", "masked_copy", "random_masks", "run", "shrunk_copy"]
+__all__ = ["disagreement", "masked_copy", "random_masks", "run", "shrunk_copy", "worst"]
+
+PATTERNS = 120  # width patterns tried of a model
 
 
 def random_masks(structure: Structure, seed: int) -> list[Tensor]:
@@ -104,3 +107,24 @@ def disagreement(model: nn.Module, inputs: Any, structure: Structure, seed: int 
             gap = (masked - shrunk).abs().max() / masked.abs().max().clamp_min(1e-12)
             worst = max(worst, float(gap))
     return worst
+
+
+def worst(model: nn.Module, x: Tensor, structure: Structure) -> float:
+    """Largest difference of masked and shrunk outputs over all width patterns, or many of them."""
+    rungs = [range(group.multiple, group.size + 1, group.multiple) for group in structure.groups]
+    patterns = list(itertools.product(*rungs))
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(patterns), generator=random)[:PATTERNS].tolist()
+    lone = [
+        tuple(width if g == group else n for g, n in enumerate(structure.sizes))
+        for group, widths in enumerate(rungs)
+        for width in widths
+    ]
+    gap = 0.0
+    for widths in [*(patterns[k] for k in chosen), *lone] if structure.groups else []:
+        masks = [torch.arange(n) < k for n, k in zip(structure.sizes, widths, strict=True)]
+        masked, shrunk = (
+            run(layout(model, structure, masks), (x,))[0] for layout in (masked_copy, shrunk_copy)
+        )
+        gap = max(gap, float((masked - shrunk).abs().max() / masked.abs().max()))
+    return gap

@@ -6,6 +6,7 @@ written for pruning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -203,6 +204,10 @@ def _guard(width: int, draw: Callable) -> tuple[Step, int]:
                 lambda n: k < 2 * n < 3 * k,
                 lambda n: n & (n - 1) == 0,
                 lambda n: n / k == r,
+                lambda n: len(range(n // k)) > r,
+                lambda n: [False, *[True] * k][n % k],
+                lambda n: math.gcd(n, k) == k,
+                lambda n: f"{n}" in ("5", f"{k}"),
             ]
         )
     )
@@ -210,6 +215,23 @@ def _guard(width: int, draw: Callable) -> tuple[Step, int]:
     return Step(
         lambda s, x, e: (x + x if same else -x) if asked(x.shape[-1]) else (2 * x if same else x)
     ), width
+
+
+def _turns(width: int, draw: Callable) -> tuple[Step, int]:
+    """As many turns as the width says; or it scales, or cuts."""
+    k = draw(st.integers(2, 13))
+
+    def turned(s: Step, x: Tensor, e: list[Tensor]) -> Tensor:
+        for _ in range(x.shape[-1] % k // (k - 1)):
+            x = -x
+        return x
+
+    def cut(s: Step, x: Tensor, e: list[Tensor]) -> Tensor:
+        n = x.shape[-1] - x.shape[-1] % k // (k - 1)
+        return torch.cat([x[..., :n], 2 * x[..., n:]], -1)
+
+    scaled = lambda s, x, e: x * (1 + x.shape[-1] % k // (k - 1))  # noqa: E731
+    return Step(draw(st.sampled_from([turned, cut, scaled]))), width
 
 
 def _meeting(width: int, draw: Callable) -> tuple[Step, int]:
@@ -238,7 +260,7 @@ def _bilinear(width: int, draw: Callable) -> tuple[Step, int]:
 STEPS = (
     *(_linear, _linear, _conv, _pointwise, _batch_norm, _group_norm, _norm, _norm, _cat, _cat_earlier),
     *(_residual, _glu, _shuffle, _per_head, _attention, _mix, _scale, _repeat, _slice, _excite),
-    *(_recurrent, _bilinear, _guard, _guard, _meeting),
+    *(_recurrent, _bilinear, _guard, _guard, _turns, _meeting),
 )
 
 

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from controlprune.structure import Structure, analyse
+from controlprune.structure import analyse
 from controlprune.structure.extents import Units
 from controlprune.structure.guards import Guard, Reckoned, Unprovable, unseen
 from controlprune.structure.tape.reading import SizeReader
 from controlprune.structure.tape.seen import SeenFloat, SeenInt, listening, plain
 
-from .agreement import masked_copy, run, shrunk_copy
+from .agreement import worst
 from .models.guarded import BENIGN, GUARDS, Guarded
-
-PATTERNS = 120  # width patterns tried of a model
-
-
-def worst(model: nn.Module, x: Tensor, structure: Structure) -> float:
-    """Largest difference of masked and shrunk outputs over all width patterns, or many of them."""
-    rungs = [range(group.multiple, group.size + 1, group.multiple) for group in structure.groups]
-    patterns = list(itertools.product(*rungs))
-    random = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(patterns), generator=random)[:PATTERNS].tolist()
-    lone = [
-        tuple(width if g == group else n for g, n in enumerate(structure.sizes))
-        for group, widths in enumerate(rungs)
-        for width in widths
-    ]
-    gap = 0.0
-    for widths in [*(patterns[k] for k in chosen), *lone] if structure.groups else []:
-        masks = [torch.arange(n) < k for n, k in zip(structure.sizes, widths, strict=True)]
-        masked, shrunk = (
-            run(layout(model, structure, masks), (x,))[0] for layout in (masked_copy, shrunk_copy)
-        )
-        gap = max(gap, float((masked - shrunk).abs().max() / masked.abs().max()))
-    return gap
 
 
 @pytest.mark.parametrize("name", GUARDS)

@@ -69,7 +69,7 @@ CASES: Cases = {
     "gru": (lambda: Recurrent(nn.GRU, num_layers=2), SEQUENCE, [6, 8]),
     "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCE, [6, 8]),
     "lstm_bidirectional": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), SEQUENCE, [6, 8]),
-    "lstm_projected": (ProjectedLstm, SEQUENCE, []),
+    "lstm_projected": (ProjectedLstm, SEQUENCE, [4]),
     "rnn": (lambda: Recurrent(nn.RNN), SEQUENCE, [6, 8]),
     "scan": (Scan, SEQUENCE, [8]),
     "cell_loop": (CellLoop, SEQUENCE, [6, 8]),
