@@ -1,7 +1,7 @@
-"""The zoo as a table: `python -m tests.zoo [table or model …] [--train] [--seed 0] [--out FILE]`.
+"""The zoo as a table: `python -m tests.zoo [table or model …] [--train] [--granularity weight] [--out FILE]`.
 
-With `--train` every model goes through a whole training run under a budget (train.py), else through the
-contract of masked and shrunk outputs (check.py).
+With `--train` every model goes through a whole training run under a budget (train.py), by any granularity,
+else through the contract of masked and shrunk outputs (check.py), by channel.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.zoo")
     parser.add_argument("names", nargs="*", help="tables or models; everything when empty")
     parser.add_argument("--train", action="store_true", help="a training run under a budget for each")
+    parser.add_argument("--granularity", default="channel", help="of the training run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--out", type=Path)
@@ -85,7 +86,7 @@ def main() -> None:
     print(TRAINED if options.train else CHECKED)
     for name, factory in chosen.items():
         if options.train:
-            trained[name] = train(factory, options.seed, options.seconds)
+            trained[name] = train(factory, options.seed, options.seconds, options.granularity)
             print(_trained_row(name, trained[name]), flush=True)
         else:
             checked[name] = run(factory, options.seed, options.seconds)

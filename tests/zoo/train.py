@@ -4,7 +4,8 @@ budget      flops = least + SHARE · (1 − least), in the middle of what can be
 training    STEPS steps of AdamW in training mode on the example inputs; the loss is the mean square of the
             outputs, as good as any where only the loop is looked at
 small       used ≤ budget, counted by the controller; it trains on
-reloaded    ‖loaded − small‖∞ / ‖small‖∞ in eval mode, on a fresh model of the same class
+reloaded    ‖loaded − small‖∞ / ‖small‖∞ in eval mode, on a fresh model of the same class; and that of what
+            was masked against what is finalized, where `finalize` changes no mask
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ STEPS, SHARE = 48, 0.4
 TOLERANCE = (
     1e-5  # of the reloaded output: the memory's order may be another, and a kernel's roundings with it
 )
-NOTHING = "can be pruned"  # in the message of the error that says so
+NOTHING = ("can be pruned", "has units to prune", "no residual branch")  # in errors that say so
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Trained:
         return "small" if met else "WRONG"
 
 
-def train(factory: Factory, seed: int = 0, seconds: int = 120) -> Trained:
+def train(factory: Factory, seed: int = 0, seconds: int = 120, granularity: str = "channel") -> Trained:
     """A run on a fresh model; what is raised is part of the result."""
     began = time.process_time()
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -62,7 +64,7 @@ def train(factory: Factory, seed: int = 0, seconds: int = 120) -> Trained:
     try:
         with limited(seconds):
             torch.manual_seed(seed)
-            return _trained(factory, began)
+            return _trained(factory, began, granularity)
     except Exception as raised:
         frames = traceback.extract_tb(raised.__traceback__)
         where = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in reversed(frames[-4:]))
@@ -72,19 +74,24 @@ def train(factory: Factory, seed: int = 0, seconds: int = 120) -> Trained:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _trained(factory: Factory, began: float) -> Trained:
+def _trained(factory: Factory, began: float, granularity: str) -> Trained:
     model, inputs = factory()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     try:
-        traced = cp.trace(model, inputs)
+        example = cp.trace(model, inputs) if granularity == "channel" else inputs
+        model.train()
+        budget = _reachable(model, optimizer, example, granularity)
     except ValueError as reason:
-        if NOTHING not in str(reason):
+        if not any(said in str(reason) for said in NOTHING):
             raise
         return Trained(prunable=False, seconds=time.process_time() - began)
-    model.train()
-    budget = _reachable(model, optimizer, traced)
     controller = cp.attach(
-        model, optimizer, budget=cp.Budget(flops=budget), example_inputs=traced, total_steps=STEPS
+        model,
+        optimizer,
+        budget=cp.Budget(flops=budget),
+        example_inputs=example,
+        total_steps=STEPS,
+        granularity=granularity,
     )
     for step in range(STEPS):
         loss = _loss(call(model, inputs, seed=step))
@@ -93,17 +100,27 @@ def _trained(factory: Factory, began: float) -> Trained:
         controller.step(loss)
         optimizer.zero_grad()
     observed, use = len(controller.history), controller.cost()["flops"].fraction
+    masks, masked = controller.masks, _evaluated(model, inputs)
     small = controller.finalize()
     use = max(use, controller.cost()["flops"].fraction)
     different = _reloaded(controller, small, factory, inputs)
+    if all(torch.equal(mask, controller.masks[name]) for name, mask in masks.items()):
+        different = max(different, error(masked, _evaluated(small, inputs)))
     _loss(call(small.train(), inputs)).backward()
     optimizer.step()
     return Trained(budget, use, observed, different, seconds=time.process_time() - began)
 
 
-def _reachable(model: nn.Module, optimizer: torch.optim.Optimizer, traced: cp.Traced) -> float:
+def _reachable(model: nn.Module, optimizer: torch.optim.Optimizer, example: Any, granularity: str) -> float:
     try:
-        cp.attach(model, optimizer, budget=cp.Budget(flops=1e-9), example_inputs=traced, total_steps=1)
+        cp.attach(
+            model,
+            optimizer,
+            budget=cp.Budget(flops=1e-9),
+            example_inputs=example,
+            total_steps=1,
+            granularity=granularity,
+        )
     except cp.InfeasibleBudget as reason:
         least, dense = reason.ranges["flops"]
         return least / dense + SHARE * (1 - least / dense)
@@ -120,5 +137,12 @@ def _reloaded(controller: cp.Controller, small: nn.Module, factory: Factory, inp
         path = Path(folder) / "small.safetensors"
         cp.save(controller, path)
         loaded = cp.load(path, factory()[0])
+    return error(_evaluated(small, inputs), _evaluated(loaded, inputs))
+
+
+def _evaluated(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    training = model.training
     with torch.no_grad():
-        return error(call(small.eval(), inputs), call(loaded.eval(), inputs))
+        found = call(model.eval(), inputs)
+    model.train(training)
+    return found
