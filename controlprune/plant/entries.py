@@ -133,13 +133,21 @@ class EntryPlant(BasePlant):
     def follow_tensors(self) -> None:
         """A mask goes where its weights are, when it is next used."""
 
-    @uninterrupted
     def rest(self) -> None:
-        for place in self._places:
+        written = [place for place in self._places if place.keep is not None and self._written(place)]
+        if written:
+            self._again(written)
+
+    def _written(self, place: Place) -> bool:
+        return self.optimizer is None or place.parameter._version != place.version
+
+    @uninterrupted
+    def _again(self, places: Sequence[Place]) -> None:
+        for place in places:
             keep = place.here
-            if keep is not None and (self.optimizer is None or place.parameter._version != place.version):
-                silence_(place.parameter, keep)
-                place.version = place.parameter._version
+            assert keep is not None
+            silence_(place.parameter, keep)
+            place.version = place.parameter._version
 
     def release(self) -> None:
         self.apply(all_on(self.structure), compact=False)
