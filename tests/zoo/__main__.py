@@ -19,7 +19,7 @@ from .check import Result, run
 from .tables import tables
 from .train import Trained, train
 
-CHECKED = f"{'model':34s} {'status':8s} groups refused  FLOPs    error    CPU s  first note"
+CHECKED = f"{'model':34s} {'status':8s} groups refused  FLOPs    error    CPU s attach passes  first note"
 TRAINED = f"{'model':34s} {'status':8s} budget   used updates reloaded  CPU s  note"
 
 
@@ -38,7 +38,8 @@ def _row(name: str, result: Result) -> str:
         if part
     )
     counts = f"{result.groups:6d} {len(result.refused):7d} {result.flop_ratio:6.2f}"
-    return f"{name:34s} {result.status:8s} {counts} {gap} {result.seconds:6.1f}  {note[:150]}"
+    time = f"{result.seconds:6.1f} {result.attach:6.1f} {result.forwards:6d}"
+    return f"{name:34s} {result.status:8s} {counts} {gap} {time}  {note[:150]}"
 
 
 def _trained_row(name: str, result: Trained) -> str:
@@ -60,6 +61,11 @@ def _summary(results: dict[str, Result]) -> str:
     reasons = Counter(reason.split(" (in ")[0] for reason in refusals)
     lines = [f"{total} models: " + ", ".join(f"{status} {n}" for status, n in counts.most_common())]
     lines.append(f"fully handled: {counts['full'] / max(total, 1):.1%}; silently wrong: {counts['WRONG']}")
+    passes = sorted(result.forwards for result in results.values() if not result.failure)
+    if passes:
+        lines.append(f"passes of the traced model: median {passes[len(passes) // 2]}, most {passes[-1]}")
+    slowest = sorted(results.items(), key=lambda item: -item[1].attach)[:10]
+    lines += [f"{result.attach:5.1f} s to attach, {result.forwards} passes: {n}" for n, result in slowest]
     lines += [f"{n:5d} groups refused: {reason[:160]}" for reason, n in reasons.most_common(25)]
     return "\n".join(lines)
 

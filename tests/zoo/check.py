@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from controlprune.plant.plant import Plant
-from controlprune.structure import analyse, verify
+from controlprune.structure import analyse
 from controlprune.structure.groups import Refusal, Structure
 
 from .parts import Factory, Inputs
@@ -51,6 +51,8 @@ class Result:
     restored: bool = True
     trains: bool = True  # the shrunk model runs forward and backward in training mode
     seconds: float = 0.0
+    forwards: int = 0  # of the traced model, while attaching
+    attach: float = 0.0  # seconds of CPU time that this took
     failure: str = ""
 
     @property
@@ -207,12 +209,13 @@ def _trains(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
-    """Analyse, verify, switch a random half of every group off, compare masked, shrunk and expanded."""
+    """Analyse with the numeric check, switch a random half of every group off, compare masked, shrunk and expanded."""
     began = time.process_time()
     model = scatter(model.eval(), seed)
-    structure = verify(model, inputs, analyse(model, inputs))
+    structure = analyse(model, inputs)
+    attach = time.process_time() - began
     if not structure.groups:
-        return Result(0, structure.refused, seconds=time.process_time() - began)
+        return Result(0, structure.refused, seconds=attach, forwards=structure.forwards, attach=attach)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = flops(model, inputs)
     masks, more = halves(structure, seed), uneven(structure, seed)
@@ -229,7 +232,7 @@ def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
     seconds = time.process_time() - began
     return Result(
         *(len(structure.groups), structure.refused, ratio, gap, precise, training),
-        *(restored, trains, seconds),
+        *(restored, trains, seconds, structure.forwards, attach),
     )
 
 
