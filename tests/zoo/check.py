@@ -209,7 +209,7 @@ def _trains(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def check(model: nn.Module, inputs: Inputs, seed: int = 0) -> Result:
-    """Analyse with the numeric check, switch a random half of every group off, compare masked, shrunk and expanded."""
+    """Analyse, switch a random half of every group off, compare masked, shrunk and expanded."""
     began = time.process_time()
     model = scatter(model.eval(), seed)
     structure = analyse(model, inputs)
