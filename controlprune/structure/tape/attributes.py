@@ -32,7 +32,7 @@ DEPTH = 2  # module.config.text_config.hidden_size
 OWN_SIZES = {  # of torch's own modules
     *("in_features", "out_features", "in1_features", "in2_features", "in_channels", "out_channels", "groups"),
     *("num_features", "num_channels", "num_groups", "num_parameters", "embedding_dim", "embed_dim"),
-    *("num_heads", "kdim", "vdim", "d_model", "input_size", "hidden_size"),
+    *("num_heads", "kdim", "vdim", "d_model", "input_size", "hidden_size", "proj_size", "normalized_shape"),
 }
 PLAIN: Any = SeenInt
 
@@ -121,6 +121,9 @@ def _swap_sizes(
         if type(value) is int and value > 1:
             swapped.append((holder, name, value))
             holder[name] = SeenInt(value, Attribute((module, name, None), value))
+        elif type(value) is tuple:
+            swapped.append((holder, name, value))
+            holder[name] = tuple(SeenInt(n, Attribute((module, name, i), n)) for i, n in enumerate(value))
 
 
 class SizeWatcher(SizeReader):

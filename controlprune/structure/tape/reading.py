@@ -15,7 +15,8 @@ from .seen import Seen, SeenInt, Term, give, is_rough, plain
 __all__ = ["SizeReader", "argument", "has_seen", "plainly", "seen_numbers"]
 
 COUNTS = (Tensor.numel, Tensor.nelement, torch.numel)
-READS = (Tensor.shape.__get__, Tensor.size, Tensor.stride, Tensor.__len__, *COUNTS)  # type: ignore[attr-defined]
+GONE = (Tensor.stride, Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.nbytes.__get__)  # type: ignore[attr-defined]
+READS = (Tensor.shape.__get__, Tensor.size, Tensor.__len__, *COUNTS, *GONE)  # type: ignore[attr-defined]
 
 MADE_OF = ("tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor", "arange", "linspace")  # numbers
 FILLED = {"full": 1, "new_full": 2, "full_like": 1}  # with the argument there
@@ -32,9 +33,10 @@ class SizeReader(TorchFunctionMode):
         """What happens with any other function."""
         result = func(*plainly(args), **{name: plainly(value) for name, value in kwargs.items()})
         name, values = getattr(func, "__name__", ""), (args, tuple(kwargs.values()))
-        for number in seen_numbers(values if name in MADE_OF else filling(args, kwargs, FILLED.get(name))):
+        told = name in MADE_OF or isinstance(result, (int, float, torch.Size))
+        for number in seen_numbers(values if told else filling(args, kwargs, FILLED.get(name))):
             give(number)
-        for number in () if name in MADE_OF else seen_numbers(values):
+        for number in () if told else seen_numbers(values):
             if is_rough(number.term):
                 self.given_to(func, args, kwargs, result, number)
         return result
@@ -56,8 +58,8 @@ class SizeReader(TorchFunctionMode):
         if func is Tensor.__len__:  # len() makes it a plain int
             give(sizes[0])
             return read
-        if func is Tensor.stride:  # products of sizes, in an order that is not followed
-            for size in sizes[1:]:
+        if func in GONE:  # what comes back tells its sizes, and is not followed
+            for size in sizes:
                 give(size)
             return read
         return sizes[argument(args, kwargs, 1, "dim")]

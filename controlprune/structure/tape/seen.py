@@ -110,6 +110,13 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.pop()
 
 
+class Unnested:
+    """What torch's own Python code asks of symbolic numbers (broadcast_shapes): these are ordinary sizes."""
+
+    def is_nested_int(self) -> bool:
+        return False
+
+
 class Seen:
     """What both kinds of numbers share; the operators are added below.
 
@@ -118,6 +125,7 @@ class Seen:
     """
 
     __slots__ = ("term", "value")
+    node = Unnested()
 
     def __init__(self, value: float, term: Term) -> None:
         self.value, self.term = value, term
