@@ -1,26 +1,21 @@
-"""From the value of single units to the worth of many: what a group's units are worth as it is depleted.
+"""From the value of single units to the worth of many: what units are worth as others of their group go.
 
-v_i is how far the loss rises if unit i alone goes. Values of units that go together do not add up: those that
-stay have to do the work of all. With V the sum over a group and V_S over the units S that stay, the rise is
-taken to be
+v_i is how far the loss rises if unit i alone goes. Where the net learned elsewhere what its units hold, that
+is lost with them, and their values add up. What it learned in this run the units that stay can learn again:
+they replace each other, and what is left of a group has to do the work of all. How much that is of the net
+is its **plasticity**,
 
-    R(S) = V (V / V_S − 1)             V − V_S for few units, without bound as nothing is left
-    ṽ_i  = −∂R/∂V_S v_i = v_i (V / V_(i))²,        V_(i): the sum over the units of value v_i and more
+    p = mean_g [1 − ‖w_g(0)‖² / ‖w_g(t)‖²]₊        w_g: what reads the active units of group g
 
-so ṽ falls in the order of v and Σ ṽ is concave in the width: what the trade-off needs. Limit cases: where few
-units hold nearly all value (a pretrained net), ṽ = v, and the others go first wherever they are; where all
-are alike (a net at its start), ṽ_(j) = v (N/j)², whose best allocation goes with the square root of value
-per cost, not with value per cost itself: nearer to uniform, as far as nothing tells the units apart.
+how far it is from where the run began: 0 for a pretrained net, towards 1 from random weights. With V the
+sum of v over the group, V_S over the units S that stay, and C_g the group's part of the cost,
 
-**Plasticity.** V says what a group does now. What the net learned in this run it can learn again with
-the units that stay, wherever they are; what it came with is lost with the units that hold it. With w_g the
-weights that read the active units of group g, at the start and now, and C_g the group's part of the cost,
+    R(S) = V − V_S (p = 0)  …  V (V / V_S − 1) (p = 1)                        the rise of the loss
+    ṽ_i  = v_i (V / V_(i))^2p (C_g Σ V / V_g Σ C)^p                           −∂R/∂V_S v_i at both ends
 
-    p   = mean_g [1 − ‖w_g(0)‖² / ‖w_g(t)‖²]₊      how far the net is from where it began, in [0, 1]
-    ṽ_i ← ṽ_i (C_g Σ V / V_g Σ C)^p                 groups weigh by what they do (p = 0: pretrained),
-                                                    or by what they cost (p → 1: from random weights)
-
-where units are alike, the latter's best allocation is the uniform one.
+V_(i): the sum over the units of value v_i and more. So ṽ falls in the order of v and Σ ṽ is concave in the
+width: what the trade-off needs. Groups weigh by what they do (p = 0) or by what they cost (p = 1), where the
+best allocation of units that are alike is the uniform one.
 
 **Stability**: mean over groups of Spearman's rank correlation of Σ g² between two disjoint windows of
 observations, over the active units. It is the evidence that a ranking is more than noise.
@@ -70,13 +65,13 @@ def _ranks(x: NDArray[np.float32], group: NDArray[np.int64]) -> NDArray[np.float
     return ranks
 
 
-def depleted(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """ṽ of one group's units, in their order; a value below zero is noise about zero."""
+def depleted(values: NDArray[np.float64], plastic: float = 1.0) -> NDArray[np.float64]:
+    """v_i (V / V_(i))^2p of one group's units, in their order; a value below zero is noise about zero."""
     values = np.maximum(values, TINY)
     order = np.argsort(-values, kind="stable")
     kept = np.cumsum(values[order])
     worth = np.empty_like(values)
-    worth[order] = values[order] * (kept[-1] / kept) ** 2
+    worth[order] = values[order] * (kept[-1] / kept) ** (2.0 * plastic)
     return worth
 
 
@@ -91,7 +86,7 @@ def weighed(values: Values, costs: Sequence[float], plastic: float) -> Values:
     total = np.array([np.maximum(v, TINY).sum() for v in values])
     cost = np.maximum(costs, TINY)
     weight = (cost / cost.sum() * total.sum() / total) ** plastic
-    return tuple(depleted(v) * w for v, w in zip(values, weight, strict=True))
+    return tuple(depleted(v, plastic) * w for v, w in zip(values, weight, strict=True))
 
 
 def margin_price(problem: Problem, worth: Values, even: Sequence[int]) -> float:

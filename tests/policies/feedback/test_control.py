@@ -77,8 +77,13 @@ def useful(*units: int) -> Tensor:
     return scale * torch.linspace(1.0, 3.0, sum(SIZES))
 
 
-def decided(control: Control, scale: Tensor, budget: Budget | Price | None = None) -> Decision:
+def decided(
+    control: Control, scale: Tensor, budget: Budget | Price | None = None, *, first: float | None = None
+) -> Decision:
+    """`first`: norms before the first step, of ones now."""
     loop = control.begin(problem(budget))
+    if first is not None:
+        loop.units.began(torch.full((sum(SIZES),), first))
     seen(loop, scale)
     answer(loop, 1, ones())
     seen(loop, scale)
@@ -97,17 +102,16 @@ def test_the_units_of_least_value_go() -> None:
     assert decision.price["flops"] > 0
 
 
-def test_where_nothing_tells_units_apart_every_group_keeps_some() -> None:
-    """A group of little value is cut deep and not to its floor; where few units hold all value, further."""
+def test_a_group_of_little_value_goes_from_a_pretrained_net_and_not_from_one_of_this_run() -> None:
     control, budget = replace(QUICK, plan=SECOND, learned=False, dwell=0), Budget(flops=0.3)
     alike = torch.cat([torch.ones(32), torch.full((24,), 0.3)])
     few = torch.cat([torch.ones(32), torch.full((24,), 1e-3).index_fill(0, torch.tensor([3, 5]), 0.3)])
-    wide, narrow = (int(m.sum()) for m in decided(control, alike, budget).masks)
-    assert narrow / 24 < wide / 32
-    assert narrow > problem().floors[1] + 1
-    concentrated = decided(control, few, budget).masks[1]
-    assert concentrated.sum() < narrow
-    assert concentrated[[3, 5]].all()
+    own, half, pretrained = (
+        int(decided(control, alike, budget, first=first).masks[1].sum()) for first in (0.1, 0.3, 1.0)
+    )
+    assert own > half > pretrained
+    assert pretrained <= problem().floors[1] + 1
+    assert decided(control, few, budget, first=1.0).masks[1][[3, 5]].all()
 
 
 def test_a_stage_at_a_time() -> None:
