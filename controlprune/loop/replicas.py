@@ -238,6 +238,8 @@ def rebuild(ddp: DistributedDataParallel) -> None:
     """
     builtin = _builtin_hook(ddp)
     ddp.reducer = ddp.logger = None  # type: ignore[assignment]
+    skipped = {name for name, p in ddp.module.named_parameters() if not p.numel()}  # no gradient comes
+    ddp.parameters_to_ignore = skipped.union(getattr(ddp.module, "_ddp_params_and_buffers_to_ignore", ()))
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
