@@ -5,7 +5,7 @@
     shrink    one shrink of a ResNet-50-sized model with its Adam state                   (target <  1 s)
     widths    speed-up of the shrunk model against its share of the FLOPs, masks-only beside it
 
-    python analysis/speed.py native --threads 1 --pairs 100
+    python -m analysis.speed native --threads 1 --pairs 100
 
 On a shared machine a clock says little, so sides A and B run a chunk of steps each in turn, in alternating
 order, and process CPU time is taken. With t_A(i), t_B(i) of round i and a bootstrap over rounds,
@@ -28,16 +28,18 @@ from types import FunctionType, ModuleType
 
 import numpy as np
 import torch
-from nets import WORKLOADS, Workload, resnet50
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import controlprune as cp
+from controlprune.cost.clock import Clock
 from controlprune.cost.flops import flops
 from controlprune.plant.plant import Plant
 from controlprune.structure import analyse
 from controlprune.structure.groups import Structure
+
+from .nets import WORKLOADS, Workload, resnet50
 
 Times = NDArray[np.float64]
 Chunk = Callable[[], None]
@@ -63,15 +65,15 @@ def amortised(times: Times) -> Times:
     return np.sum(times, axis=-1)
 
 
-def take_turns(sides: Mapping[str, Chunk], rounds: int) -> dict[str, Times]:
-    """CPU seconds of every side in every round; the order is reversed every other round."""
+def take_turns(sides: Mapping[str, Chunk], rounds: int, clock: Clock = time.process_time) -> dict[str, Times]:
+    """Seconds of every side in every round; the order is reversed every other round."""
     names = list(sides)
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names if turn % 2 == 0 else reversed(names):
-            began = time.process_time()
+            began = clock()
             sides[name]()
-            found[name].append(time.process_time() - began)
+            found[name].append(clock() - began)
     return {name: np.array(seconds) for name, seconds in found.items()}
 
 
@@ -139,8 +141,8 @@ def plain_side(work: Workload, widths: tuple[int, ...], x: Tensor, y: Tensor) ->
 def random_masks(structure: Structure, widths: tuple[int, ...]) -> list[Tensor]:
     masks = []
     for size, width in zip(structure.sizes, widths, strict=True):
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[torch.randperm(size)[:width]] = True
+        mask = torch.zeros(size, dtype=torch.bool, device="cpu")
+        mask[torch.randperm(size, device="cpu")[:width]] = True
         masks.append(mask)
     return masks
 

@@ -2,7 +2,8 @@
 
     waits      what makes the host wait for the device: a number or a shape that is read off a tensor
                (`_local_scalar_dense`, `nonzero`, `masked_select`, `equal`, an index by a bool tensor, …), a
-               copy to the host, a copy to the device that is not `non_blocking`
+               copy to the host or to the device that is not `non_blocking` (into memory that is there
+               already: whether it is page-locked cannot be told here; a new tensor on the host never is)
     refused    one operator on tensors of two devices (numbers of no dimension aside, as on a real one)
 
 Values are real, so the whole loop runs on it, decisions included. It takes torch's one private device type:
@@ -158,9 +159,9 @@ def _waits(func: Any, args: Any, kwargs: Any) -> str:
     if operator is aten.copy_:
         apart = isinstance(args[0], OnChip) != isinstance(args[1], OnChip)
         blocks = not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking")
-        return "to the device" if apart and there and blocks and isinstance(args[0], OnChip) else (
-            "to the host" if apart and isinstance(args[1], OnChip) else ""
-        )  # fmt: skip
+        if not (apart and blocks):
+            return ""
+        return "to the device" if isinstance(args[0], OnChip) else "to the host"
     if operator is aten._to_copy:
         asked = kwargs.get("device")
         then = tensors[0].device.type if asked is None else torch.device(asked).type

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import speed
 import torch
 from nets import WORKLOADS
 
 import controlprune as cp
+from analysis import speed
 
 EAGER = cp.Control(observe_every=1, update_every=1)  # fills all memories soon
 

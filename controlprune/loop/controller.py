@@ -189,7 +189,6 @@ class Controller(Bound):
 
     # --- the loop -------------------------------------------------------------------------------
 
-    @uninterrupted
     @plainly
     def step(self, loss: Tensor | float | None = None) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`.

@@ -37,7 +37,7 @@ from .cadence import REPEATED, Cadence
 __all__ = ["Intake", "Step", "when_closed"]
 
 log = logging.getLogger("controlprune")
-PATIENCE = 8  # steps that wait to be read together
+PATIENCE, ROWS = 64, 8  # steps that wait to be read together, and of those with gate gradients
 ROOM = 2**16  # units: gate gradients of more are read at once, as waiting would take memory
 
 
@@ -83,15 +83,18 @@ class Intake:
     def skipped(self) -> int:
         return self.spoilt + self.cadence.skipped
 
-    def before_step(self, optimizer: Optimizer | None, returned: object = None, *, read: bool) -> None:
-        """The optimizer (None: the user's own code) has its gradients; `returned`: by its closure."""
+    def ran(self, optimizer: Optimizer | None, returned: object) -> bool:
+        """It (None: the user's own code) is about to run; are there gradients? `returned`: by its closure."""
         gradients = self.plant.has_gradients
+        self._rows.pop(optimizer, None)
         self._ran, self._gradients, self._returned = True, self._gradients or gradients, returned
         self.runs += 1
-        self._rows.pop(optimizer, None)
-        if gradients and (read or self.owed):
-            self._rows[optimizer] = _unscaled(self.plant.gate_gradient(self._part(optimizer)), optimizer)
-            self._live = self._heard()
+        return gradients
+
+    def observe(self, optimizer: Optimizer | None) -> None:
+        """Its gradients are read."""
+        self._rows[optimizer] = _unscaled(self.plant.gate_gradient(self._part(optimizer)), optimizer)
+        self._live = self._heard()
 
     def _heard(self) -> tuple[Tensor, ...] | None:
         """The units whose gate gradient is known now, None: all. The others are absent, or read by what is
@@ -132,8 +135,14 @@ class Intake:
         self._unread.append(Unread(given, not self.idle, row, self._live))
         self._ran, self._gradients, self._returned = False, False, None
         self._rows = {}
-        full = len(self._unread) >= PATIENCE or (row is not None and len(row) > ROOM)
-        return full and not isinstance(given, Tensor) and (row is None or row.device.type == "cpu")
+        return self._full(given, row)
+
+    def _full(self, given: Tensor | float | None, row: Tensor | None) -> bool:
+        if isinstance(given, Tensor) or (row is not None and row.device.type != "cpu"):
+            return False  # reading would wait for the device
+        if row is None:
+            return len(self._unread) >= PATIENCE
+        return len(row) > ROOM or sum(u.row is not None for u in self._unread) >= ROWS
 
     def without_data(self) -> None:
         """A step of the other replicas, for which this one had no data."""

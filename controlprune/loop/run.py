@@ -153,17 +153,22 @@ class Run:
         """The optimizer is called: it is observed when it has its gradients."""
         return when_closed(args, kwargs, lambda returned: self._see(optimizer, returned))
 
+    def _see(self, optimizer: Optimizer | None, returned: object) -> None:
+        """Are there gradients, and are they to be read?"""
+        self.checkpoints.require_admitted()
+        gradients = self.intake.ran(optimizer, returned)
+        awaited = self.wants.gradients or self.intake.owed
+        if gradients and awaited and not self._blind and not self._stuck:
+            self._observe(optimizer)
+
     @uninterrupted
     @plainly
-    def _see(self, optimizer: Optimizer | None, returned: object) -> None:
-        """Are there gradients, and what do the gates see?"""
+    def _observe(self, optimizer: Optimizer | None) -> None:
+        """What do the gates see?"""
         started = time.process_time()
         self.metering.enter()
-        self.checkpoints.require_admitted()
-        wanted = self.wants.gradients
-        read = wanted and not self._blind and not self._stuck
         try:
-            self.intake.before_step(optimizer, returned, read=read)
+            self.intake.observe(optimizer)
         except Changed as error:
             self._hold_still(error)
         except Exception as error:  # what can't be observed here is given up, and the training goes on
@@ -182,28 +187,36 @@ class Run:
         started = time.process_time()
         self.metering.enter()
         self.plant.rest()
-        full = self.intake.after_step(loss, wanted=self.wants.gradients)
-        self.steps += 1
-        self.metering.step()
-        trouble = self.intake.cadence.trouble(self.problem.total_steps)
-        if trouble:
-            warn(f"controlprune: nothing is controlled: {trouble}")
-        self.replicas.watch_for_ddp(self.plant.model)
+        try:
+            full = self.intake.after_step(loss, wanted=self.wants.gradients)
+            self.steps += 1
+            self.metering.step()
+            if trouble := self.intake.cadence.trouble(self.problem.total_steps):
+                warn(f"controlprune: nothing is controlled: {trouble}")
+            if full or self.due:
+                self._catch_up()
+        finally:
+            self.expect()
+        self.metering.leave()
+        self.overhead += time.process_time() - started
+
+    @uninterrupted
+    def _catch_up(self) -> None:
+        """Read what waits, and update where one is due. Most steps are only counted."""
         if self.due and self.intake.idle and self.replicas.alone:
             self.postponed = True
         elif self.due:
             self._update()
-        elif full and self.replicas.alone:
+        elif self.replicas.alone:
             self.read()
-        self.expect()
-        self.metering.leave()
-        self.overhead += time.process_time() - started
 
     def expect(self) -> None:
         """What the policy wants of the step that comes: asked once, and whenever it may have changed."""
         wants = self.wants = self.policy.wants(self.steps + 1)
         awaited = wants.gradients or self.intake.owed or not self.intake.cadence.even
         self.plant.expect(wants.kind if awaited else None)
+        if wants.gradients or wants.decision:
+            self.replicas.watch_for_ddp(self.plant.model)
 
     @property
     def due(self) -> bool:
@@ -333,8 +346,8 @@ class Run:
                 price=dict(decision.price),
                 reference=dict(decision.reference),
                 realised=dict(self.policy.realised(active)),
-                off=tuple(int((a & ~b).sum()) for a, b in zip(before, plant.masks, strict=True)),
-                on=tuple(int((b & ~a).sum()) for a, b in zip(before, plant.masks, strict=True)),
+                off=widths_of(a & ~b for a, b in zip(before, plant.masks, strict=True)),
+                on=widths_of(b & ~a for a, b in zip(before, plant.masks, strict=True)),
                 bounds=dict(plant.error_bounds),
                 event=",".join(k for k in (self.event, decision.event, change) if k),
                 seconds=time.process_time() - self.began,

@@ -194,7 +194,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under all its names, as they are now."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        parameters |= {dot + name: p for name, p in module._parameters.items() if p is not None}
+        buffers |= {dot + name: b for name, b in module._buffers.items() if b is not None}
+    return parameters | buffers

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..structure.extents import groups_in, keep, labels
+from ..structure.extents import Extent, groups_in, keep, labels
 from .cuts import at, heard, sent
 from .hooks import Link
 from .interrupts import uninterrupted
@@ -163,10 +163,12 @@ class Gather:
     """From sums per position to sums per unit, for all reader dimensions at once, at the present masks.
 
     With the position vectors of `places` one after the other in a vector x, `out[unit] += x[where]`.
-    A position counts for a unit only where every other group that stands there is live.
+    A position counts for a unit only where every other group that stands there is live. `alike`: the places
+    that are not parked, those of small tensors of one kind together.
     """
 
     places: tuple[Place, ...]
+    alike: tuple[tuple[int, ...], ...]
     where: Tensor | None  # None: every position, in order
     unit: Tensor  # over all groups, one group after the other; like `where` in the narrowest integers
     units: int
@@ -183,25 +185,28 @@ class Place:
 
 
 def gather(
-    spots: Iterable[Spot], masks: Sequence[Tensor], compact: bool, device: torch.device | None
+    spots: Iterable[Spot], tensors: Mapping[str, Tensor], masks: Sequence[Tensor], compact: bool
 ) -> Gather:
     starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
     places: list[Place] = []
+    alike: dict[object, list[int]] = {}
+    told: dict[tuple[Extent, frozenset[int], bool], _Told] = {}
     where, unit = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     offset = 0
     for spot, dim in [(s, dim) for s in spots for dim in s.reads]:
-        here, parked = _places(spot, dim, masks, compact)
-        for group in sorted(spot.reads[dim]):
-            (live_at, live), (parked_at, dormant) = _positions(spot, dim, group, masks, compact)
-            where += [live_at + offset, parked_at + offset + here.length]
-            unit += [live + starts[group], dormant + starts[group]]
-        places += [here, parked] if parked.length else [here]
-        offset += here.length + parked.length
+        key = spot.extents[dim], spot.reads[dim], dim in spot.cuts
+        one = told[key] = told.get(key) or _told(*key, masks, compact, starts)
+        alike.setdefault(_kind(tensors[spot.name], dim, len(places)), []).append(len(places))
+        places += [Place(spot, dim, False, one.live)]
+        places += [Place(spot, dim, True, one.parked)] if one.parked else []
+        where, unit = [*where, one.where + offset], [*unit, one.unit]
+        offset += one.live + one.parked
     index, whose = torch.cat(where), torch.cat(unit)
     ordered = len(index) == offset and bool((index == torch.arange(offset)).all())
     narrow = [_narrow(whose, starts[-1]), *([] if ordered else [_narrow(index, offset)])]
-    there = narrow if device is None else sent(narrow, device)
-    return Gather(tuple(places), None if ordered else there[1], there[0], starts[-1])
+    there = sent(narrow, tensors[places[0].spot.name].device) if places else narrow
+    kinds = tuple(map(tuple, alike.values()))
+    return Gather(tuple(places), kinds, None if ordered else there[1], there[0], starts[-1])
 
 
 def per_unit(plan: Gather, found: Sequence[Tensor | None]) -> Tensor:
@@ -227,62 +232,74 @@ def select_others(tensor: Tensor, spot: Spot, dim: int) -> Tensor:
     return tensor
 
 
-def inners(pairs: Sequence[tuple[Tensor, Tensor, int]]) -> list[Tensor]:
-    """`inner` of each; small ones of one shape together, as a call costs more than their elements."""
-    found: list[Tensor | None] = [None] * len(pairs)
-    alike: dict[object, list[int]] = {}
-    for k, (a, b, dim) in enumerate(pairs):
-        small = a.numel() <= SMALL and a.layout == b.layout == torch.strided
-        kind = (a.shape, a.dtype, b.dtype, a.device, dim) if small else k
-        alike.setdefault(kind, []).append(k)
-    for which in alike.values():
-        a, b, dim = pairs[which[0]]
-        if len(which) == 1:
-            found[which[0]] = inner(a, b, dim)
-            continue
-        product = _product(
-            torch.stack([pairs[k][0] for k in which]), torch.stack([pairs[k][1] for k in which])
-        )
-        others = [d + 1 for d in range(a.ndim) if d != dim]
-        for k, row in zip(which, (product.sum(others) if others else product).unbind(), strict=True):
-            found[k] = row
-    return [row for row in found if row is not None]
+def inners(plan: Gather, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """Place -> `inner` of its pair; those alike together, as a call costs more than their few elements."""
+    for which in plan.alike:
+        here = [k for k in which if k in pairs]
+        if len(here) > 1 and _stackable([pairs[k] for k in here]):
+            dim = plan.places[here[0]].dim
+            first, second = ([pairs[k][side] for k in here] for side in (0, 1))
+            stacked = torch.stack(first)
+            same = first[0] is second[0]
+            found = inner(stacked, stacked if same else torch.stack(second), dim + 1, kept=0)
+            yield from zip(here, found.unbind(), strict=True)
+        else:
+            yield from ((k, inner(*pairs[k], plan.places[k].dim)) for k in here)
 
 
-def inner(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """Σ over all dimensions but `dim` of Re(a* b), in at least float32."""
-    product = _product(a, b)
-    others = [d for d in range(product.ndim) if d != dim]
+def _stackable(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Are they on one device, wherever the user took them since, and are gradients dense?"""
+    device = pairs[0][0].device
+    return all(a.device == device and b.layout == torch.strided for a, b in pairs)
+
+
+def inner(a: Tensor, b: Tensor, dim: int, *, kept: int | None = None) -> Tensor:
+    """Σ over all dimensions but `dim`, and `kept`, of Re(a* b), in at least float32."""
+    product = (a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b
+    others = [d for d in range(product.ndim) if d not in (dim, kept)]
     return product.sum(others) if others else product
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return (a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b
+@dataclass(frozen=True)
+class _Told:
+    """Of a reader dimension: how many positions it has, live and parked, and which tell of which unit."""
+
+    live: int
+    parked: int
+    where: Tensor
+    unit: Tensor
 
 
-def _places(spot: Spot, dim: int, masks: Sequence[Tensor], compact: bool) -> tuple[Place, Place]:
-    live = keep(spot.extents[dim], masks)
-    cut = spot.cuts.get(dim)
-    here = Place(spot, dim, False, int(live.sum()) if compact else len(live))
-    return here, Place(spot, dim, True, 0 if cut is None else len(cut.silent))
-
-
-def _positions(
-    spot: Spot, dim: int, group: int, masks: Sequence[Tensor], compact: bool
-) -> list[tuple[Tensor, Tensor]]:
-    """(positions, units of `group`) of the tensor as it lies now, and of its silent positions."""
-    extent = spot.extents[dim]
+def _told(
+    extent: Extent,
+    reads: frozenset[int],
+    cut: bool,
+    masks: Sequence[Tensor],
+    compact: bool,
+    starts: Sequence[int],
+) -> _Told:
     live = keep(extent, masks)
-    units = labels(extent, group)
-    others = {g: torch.ones_like(masks[g]) if g == group else masks[g] for g in groups_in(extent)}
-    counted = (units >= 0) & keep(extent, others)
-    here, gone = counted & live, counted & ~live
-    silent = units[:0]
-    if dim in spot.cuts:
-        silent = (~heard(extent, spot.reads[dim], masks)).nonzero().flatten()
-    live_at = (here[live] if compact else here).nonzero().flatten()
-    parked_at = gone[silent].nonzero().flatten()
-    return [(live_at, units[here]), (parked_at, units[silent[parked_at]])]
+    silent = (
+        (~heard(extent, reads, masks)).nonzero().flatten() if cut else live.new_zeros(0, dtype=torch.int64)
+    )
+    length = int(live.sum()) if compact else len(live)
+    where, unit = [], []
+    for group in sorted(reads):
+        units = labels(extent, group)
+        others = {g: torch.ones_like(masks[g]) if g == group else masks[g] for g in groups_in(extent)}
+        counted = (units >= 0) & keep(extent, others)
+        here, gone = counted & live, counted & ~live
+        live_at = (here[live] if compact else here).nonzero().flatten()
+        parked_at = gone[silent].nonzero().flatten()
+        where += [live_at, parked_at + length]
+        unit += [units[here] + starts[group], units[silent[parked_at]] + starts[group]]
+    return _Told(length, len(silent), torch.cat(where), torch.cat(unit))
+
+
+def _kind(tensor: Tensor, dim: int, place: int) -> object:
+    """Equal for small tensors that can be multiplied together."""
+    small = tensor.numel() <= SMALL and tensor.layout == torch.strided
+    return (tensor.shape, tensor.dtype, tensor.device, dim) if small else place
 
 
 def _narrow(index: Tensor, bound: int) -> Tensor:

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from torch.optim import Optimizer
 
 from ..structure.extents import Extent, size
 from .cuts import Cut, CutKey, Cuts, Index, Part, along, at, cuts_at
+from .parking import fetched, parked
 
 __all__ = [
     "Changed",
@@ -122,7 +124,7 @@ class Spot:
     home: Tensor | None = None
     state_home: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Dense."""
         return torch.Size([size(extent) for extent in self.extents])
@@ -298,17 +300,17 @@ def _laid_out(
 ) -> _Laid:
     """`live` from `cuts` to the cuts `then`; of the old home only stale entries are written."""
     compact, cut = switch.now and home is not None, bool(cuts) and home is not None
-    true = live if not cut or home is None else whole(live, home.to(live), cuts, switch.now, kept)
+    true = live if not cut or home is None else whole(live, fetched(home, live), cuts, switch.now, kept)
     if switch.then and then:
         small = select(true, at(then, "live"))
-        return _Laid(small, true if switch.park_on is None else true.to(switch.park_on))
+        return _Laid(small, parked(true, switch.park_on))
     parks = bool(at(then, kept))
     if compact:
         return _Laid(fill_zero_(true.clone(), at(then, zero)) if parks else true, true if parks else None)
     returned = {d: (index, true.index_select(d, index)) for d, index in at(cuts, kept).items()} if cut else {}
     pieces = tuple((d, *piece) for d, piece in returned.items())
-    parked = (true if cut else true.clone()) if parks else None
-    return _Laid(live, parked, pieces, at(then, zero) if parks else {}, at(cuts, zero) if cut else {})
+    aside = (true if cut else true.clone()) if parks else None
+    return _Laid(live, aside, pieces, at(then, zero) if parks else {}, at(cuts, zero) if cut else {})
 
 
 def whole(live: Tensor, home: Tensor, cuts: Cuts, compact: bool, kept: Part) -> Tensor:

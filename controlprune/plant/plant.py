@@ -42,6 +42,7 @@ from .layout import Spot, Switch, at, cuts_of, follow, move, require_as_laid
 from .masks import Masks, all_on, checked
 from .optimizer import Factored, check_optimizer, factored, require_nothing_beside, travelling
 from .parked import escaped, pack, parsed, small_state_aside, unpack
+from .parking import settle
 from .rest import Rest
 
 __all__ = ["Plant", "spots_of"]
@@ -76,6 +77,7 @@ class Plant(BasePlant):
         self._gather: Gather | None = None
         self._parked: dict[tuple[str, int], Tensor] = {}  # norms of what is parked
         self._later: Later | None = None
+        self._sending: set[torch.device] = set()  # devices that may still copy to `park_on`
         self._check()
 
     def _laid_on(self) -> tuple[Spot, ...]:
@@ -98,9 +100,9 @@ class Plant(BasePlant):
                 "this model was made small for good (harden); attach it anew to prune it further"
             )
         masks = checked(masks, self.structure)
-        self.follow_tensors()
         tensors = self.tensors()
-        self._require_as_laid()
+        self._follow(tensors)
+        self._require_as_laid(tensors)
         if compact:
             require_nothing_beside(self.optimizer)
         self._summed |= factored(self.optimizer)
@@ -125,6 +127,8 @@ class Plant(BasePlant):
                 tensor = tensors[spot.name]
                 cuts = cuts_of(spot, masks, tensor.device, known)
                 move(spot, tensor, self.optimizer, states[spot.name], cuts, switch, undo)
+                if switch.park_on is not None:
+                    self._sending.add(tensor.device)
             if changed and (compact or self.compact):
                 undo.callback(
                     set_sizes, self.model, self.structure, widths_of(self.masks) if self.compact else None
@@ -140,6 +144,11 @@ class Plant(BasePlant):
             undo.pop_all()
         torch.clear_autocast_cache()  # the weights it knows are no more
 
+    def _settle(self) -> None:
+        """What is on its way to where it is parked has arrived."""
+        settle(self._sending)
+        self._sending.clear()
+
     def _set(self, masks: Masks, compact: bool, tensors: Mapping[str, Tensor]) -> None:
         self.masks, self.compact = masks, compact
         self._unhook()
@@ -151,8 +160,10 @@ class Plant(BasePlant):
         return None if self.compact else self.masks
 
     def follow_tensors(self) -> None:
+        self._follow(self.tensors())
+
+    def _follow(self, tensors: Mapping[str, Tensor]) -> None:
         """What is parked goes where the user took the model: other number types, devices, objects."""
-        tensors = self.tensors()
         known: dict = {}
         moved = self._rest is not None and self._rest.strayed(tensors)
         for spot in (s for s in self._spots if s.home is not None and s.name in tensors):
@@ -164,11 +175,12 @@ class Plant(BasePlant):
 
     def recheck(self) -> None:
         """`Changed` unless the tensors are those that were left, or others of their names and shapes."""
-        self._require_as_laid()
-        self.follow_tensors()
+        tensors = self.tensors()
+        self._require_as_laid(tensors)
+        self._follow(tensors)
 
-    def _require_as_laid(self) -> None:
-        require_as_laid(self._spots, self.tensors(), compact=self.compact)
+    def _require_as_laid(self, tensors: Mapping[str, Tensor]) -> None:
+        require_as_laid(self._spots, tensors, compact=self.compact)
 
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""
@@ -190,6 +202,7 @@ class Plant(BasePlant):
     @property
     def spots(self) -> tuple[Spot, ...]:
         """The tensors that units stand in, with what is parked of them: to read, not to change."""
+        self._settle()
         return self._spots
 
     def expect(self, kind: Kind | None) -> None:
@@ -216,20 +229,19 @@ class Plant(BasePlant):
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
         plan, tensors = self._plan()
         watches = {} if self._rest is None else self._rest.watches
-        heard = {name for name, tensor in tensors.items() if only is None or id(tensor) in only}
         with torch.no_grad():
-            pairs: dict[int, tuple[Tensor, Tensor, int]] = {}
+            pairs: dict[int, tuple[Tensor, Tensor]] = {}
             found: list[Tensor | None] = [None] * len(plan.places)
             for k, place in enumerate(plan.places):
-                name = place.spot.name
-                if name not in heard:
+                tensor = tensors[place.spot.name]
+                if only is not None and id(tensor) not in only:
                     continue
-                tensor, watch = tensors[name], watches.get(name)
                 if place.parked:
+                    watch = watches.get(place.spot.name)
                     found[k] = None if watch is None else watch.read(place.dim)
-                elif tensor.grad is not None:
-                    pairs[k] = (tensor, tensor.grad, place.dim)
-            for k, values in zip(pairs, inners([*pairs.values()]), strict=True):
+                elif (gradient := tensor.grad) is not None:
+                    pairs[k] = (tensor, gradient)
+            for k, values in inners(plan, pairs):
                 found[k] = values
             return per_unit(plan, found)
 
@@ -245,6 +257,8 @@ class Plant(BasePlant):
     def observable(self) -> tuple[bool, ...]:
         """Per group: is all trained that reads its units, so that ∂L/∂g is known?"""
         tensors = self._plan()[1]
+        if all(s.is_parameter and tensors[s.name].requires_grad for s in self._spots if s.reads):
+            return (True,) * len(self.structure.groups)
         frozen = {
             g
             for spot in self._spots
@@ -259,17 +273,17 @@ class Plant(BasePlant):
         plan, tensors = self._plan()
         with torch.no_grad():
             found: list[Tensor | None] = [None] * len(plan.places)
-            pairs: dict[int, tuple[Tensor, Tensor, int]] = {}
+            pairs: dict[int, tuple[Tensor, Tensor]] = {}
             for k, place in enumerate(plan.places):
                 tensor, dim = tensors[place.spot.name], place.dim
                 if place.parked:
                     found[k] = self._parked_norms(place.spot, dim)
                 elif self.compact or not (place.spot.cuts.keys() - {dim}):
-                    pairs[k] = (tensor, tensor, dim)
+                    pairs[k] = (tensor, tensor)
                 else:
                     heard = select_others(tensor, place.spot, dim)
                     found[k] = inner(heard, heard, dim)
-            for k, values in zip(pairs, inners([*pairs.values()]), strict=True):
+            for k, values in inners(plan, pairs):
                 found[k] = values
             return list(per_unit(plan, found).split(self.structure.sizes))
 
@@ -278,8 +292,8 @@ class Plant(BasePlant):
         if (spot.name, dim) not in self._parked:
             assert spot.home is not None
             silent = spot.cuts[dim].silent
-            columns = spot.home.index_select(dim, silent.to(spot.home.device)).to(silent.device)
-            columns = select_others(columns, spot, dim)
+            home = spot.home.to(silent.device, non_blocking=True)
+            columns = select_others(home.index_select(dim, silent), spot, dim)
             self._parked[spot.name, dim] = inner(columns, columns, dim)
         return self._parked[spot.name, dim]
 
@@ -287,6 +301,7 @@ class Plant(BasePlant):
         """Masks, layout and what is parked, as plain tensors (for safetensors); not the live weights."""
         found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
         found["compact"] = torch.tensor(self.compact)
+        self._settle()
         for spot in self._spots:
             found |= {f"parked/{escaped(spot.name)}/{key}": value for key, value in pack(spot).items()}
         return found
@@ -303,6 +318,7 @@ class Plant(BasePlant):
         with small_state_aside(self.optimizer, self._spots, tensors, masks):
             self.apply(masks, compact=compact)
         tensors = self.tensors()
+        self._settle()
         with torch.no_grad():
             for spot in self._spots:
                 unpack(spot, packed[spot.name], tensors[spot.name].device)
@@ -313,10 +329,9 @@ class Plant(BasePlant):
         """Which positions of which reader tensors tell of which unit, worked out once per layout."""
         if self._gather is None:
             tensors = self.tensors()
-            self._require_as_laid()
+            self._require_as_laid(tensors)
             self._seen = {spot.name: tensors[spot.name] for spot in self._spots}
-            device = next((tensors[spot.name].device for spot in self._counted if spot.reads), None)
-            self._gather = gather(self._counted, self.masks, self.compact, device)
+            self._gather = gather(self._counted, tensors, self.masks, self.compact)
         return self._gather, self._seen
 
     def _state(self, spot: Spot, tensor: Tensor) -> dict[str, tuple[int, ...]]:

@@ -217,9 +217,9 @@ class ShardedPlant(Plant):
                 found.append((first, last + 1 - first))
         return tuple(found)
 
-    def _require_as_laid(self) -> None:
+    def _require_as_laid(self, tensors: Mapping[str, Tensor]) -> None:
         if not self.compact:
-            super()._require_as_laid()
+            super()._require_as_laid(tensors)
 
     def _home(self, spot: Spot, key: str) -> Tensor:
         """Of state that appeared while units were away: zero for them."""

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from .extents import Extent
@@ -166,4 +167,4 @@ class Structure:
 
 def widths_of(masks: Iterable[Tensor]) -> tuple[int, ...]:
     """Live units per group."""
-    return tuple(int(mask.sum()) for mask in masks)
+    return tuple(int(np.count_nonzero(mask.numpy())) for mask in masks)

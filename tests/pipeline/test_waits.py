@@ -126,13 +126,17 @@ def test_attached_there_and_parked_here(rank: int) -> None:
                                total_steps=8, round_to=1, park_on="cpu", policy=QUICK)  # fmt: skip
         before = [p.detach().cpu() for p in model.parameters()]
         controller.set_masks({g.name: torch.arange(8) % 3 > 0 for g in controller.groups})
-        controller.shrink()
+        with device.counted() as waits:
+            controller.shrink()
+        assert waits == Counter()
         homes = [spot.home for spot in controller.plant.spots if spot.home is not None]
         assert homes
         assert all(home.device.type == "cpu" for home in homes)
-        controller.plant.weight_norms()
         with device.counted() as waits:
-            controller.plant.weight_norms()  # what is parked is not fetched again
+            controller.plant.weight_norms()
+            controller.set_masks({g.name: torch.arange(8) % 2 > 0 for g in controller.groups})
+            controller.expand()
+            controller.shrink()
         assert waits == Counter()
         controller.detach()
         assert all(torch.equal(p.detach().cpu(), q) for p, q in zip(model.parameters(), before, strict=True))

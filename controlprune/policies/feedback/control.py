@@ -65,6 +65,7 @@ from .units import UnitRecord
 __all__ = ["Control", "ControlLoop"]
 
 EXCHANGED = 0.3  # of single weights, in the first revision
+WANTS = {(g, d): Wants(g, "return", d) for g in (False, True) for d in (False, True)}
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class ControlLoop(Policy):
     def _set_pace(self) -> None:
         """Steps between updates and observations, and what observations reach back: by the horizon."""
         control, steps = self.control, self.problem.total_steps
+        self._freeze_step = int(control.freeze * steps)
         self.update_every = control.update_every or min(200, max(1, steps // 60))
         self.observe_every = control.observe_every or observation_spacing(self.problem)
         self.units.set_pace(min(500.0, max(20.0, 0.05 * steps / self.observe_every)), self.update_every)
@@ -178,17 +180,9 @@ class ControlLoop(Policy):
     # --- what it needs, and what it sees --------------------------------------------------------
 
     def wants(self, step: int) -> Wants:
-        looking = self.looks_until > 0
-        return Wants(
-            gradients=looking
-            or (step % self.observe_every == 0 and not self._frozen(step) and not self.rests),
-            kind="return",
-            decision=step in (self._freeze_step, self.looks_until) or step % self.update_every == 0,
-        )
-
-    @property
-    def _freeze_step(self) -> int:
-        return int(self.control.freeze * self.problem.total_steps)
+        regular = step % self.observe_every == 0 and not self._frozen(step) and not self.rests
+        decides = step in (self._freeze_step, self.looks_until) or step % self.update_every == 0
+        return WANTS[regular or self.looks_until > 0, decides]
 
     def _frozen(self, step: int) -> bool:
         return step > self._freeze_step
