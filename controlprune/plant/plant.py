@@ -144,7 +144,7 @@ class Plant(BasePlant):
             undo.pop_all()
         torch.clear_autocast_cache()  # the weights it knows are no more
 
-    def _settle(self) -> None:
+    def _await_parked(self) -> None:
         """What is on its way to where it is parked has arrived."""
         settle(self._sending)
         self._sending.clear()
@@ -202,7 +202,7 @@ class Plant(BasePlant):
     @property
     def spots(self) -> tuple[Spot, ...]:
         """The tensors that units stand in, with what is parked of them: to read, not to change."""
-        self._settle()
+        self._await_parked()
         return self._spots
 
     def expect(self, kind: Kind | None) -> None:
@@ -301,7 +301,7 @@ class Plant(BasePlant):
         """Masks, layout and what is parked, as plain tensors (for safetensors); not the live weights."""
         found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
         found["compact"] = torch.tensor(self.compact)
-        self._settle()
+        self._await_parked()
         for spot in self._spots:
             found |= {f"parked/{escaped(spot.name)}/{key}": value for key, value in pack(spot).items()}
         return found
@@ -318,7 +318,7 @@ class Plant(BasePlant):
         with small_state_aside(self.optimizer, self._spots, tensors, masks):
             self.apply(masks, compact=compact)
         tensors = self.tensors()
-        self._settle()
+        self._await_parked()
         with torch.no_grad():
             for spot in self._spots:
                 unpack(spot, packed[spot.name], tensors[spot.name].device)
