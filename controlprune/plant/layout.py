@@ -247,7 +247,8 @@ def follow(
 ) -> bool:
     """Where the live tensor went to another number type or device, what is parked goes too; did it?"""
     assert spot.home is not None
-    if (spot.home.dtype, next(iter(spot.cuts.values())).live.device) == (live.dtype, live.device):
+    here = next((cut.live.device for cut in spot.cuts.values()), spot.home.device)  # a shard may have no cut
+    if (spot.home.dtype, here) == (live.dtype, live.device):
         return False
     spot.cuts = cuts_of(spot, masks, live.device, known)
     spot.home = spot.home.to(park_on or live.device, live.dtype)
