@@ -38,10 +38,11 @@ class OnChip(Tensor):
 
     @staticmethod
     def __new__(cls, raw: Tensor, device: torch.device) -> OnChip:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
-            device=device,
-        )  # fmt: skip
+        with torch._C.DisableTorchFunction():  # who listens to sizes hears the model's, not these
+            made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
+                device=device,
+            )  # fmt: skip
         made.raw = raw
         return made
 
