@@ -41,26 +41,29 @@ from .weights import live
 __all__ = ["main", "tables"]
 
 RESULTS = Path(__file__).parent / "results" / "masking.jsonl"
-ROUNDS, STEPS = 80, 5
+ROUNDS = 40
 DENSITY = 0.1
 Turn = Callable[[], object]
 Net = Callable[[], nn.Module]
 Optimizers = Callable[[Any], Optimizer]
+Policy = Callable[[], cp.Policy] | None
 
-NETS: dict[str, tuple[Net, Optimizers, tuple[int, ...]]] = {
+NETS: dict[str, tuple[Net, Optimizers, tuple[int, ...], int]] = {  # the last: steps in a turn
     "MLP 784-300-100, 128 rows": (
         lambda: mlp(784, (300, 100)),
         lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
         (128, 784),
+        5,
     ),
     "CNN 32-64-128-128, 64 rows": (
         lambda: plain_net(3),
         lambda p: torch.optim.AdamW(p, lr=1e-3),
         (64, 3, 16, 16),
+        1,
     ),
 }
 LAYERS = ((1024, 1024), (1536, 384))
-POLICIES: dict[str, Callable[[], cp.Policy] | None] = {
+POLICIES: dict[str, Policy] = {
     "dense again": None,
     "masked, held": lambda: cp.Static(layers="erk"),
     "RigL": lambda: cp.RigL(layers="erk"),
@@ -80,11 +83,11 @@ def in_turn(turns: Mapping[str, Turn], rounds: int = ROUNDS) -> dict[str, list[f
 
 
 def masks(name: str) -> list[dict[str, Any]]:
-    make, optimizer, shape = NETS[name]
-    sides = {side: _steps(make, optimizer, shape, policy) for side, policy in POLICIES.items()}
-    times = in_turn({"dense": _steps(make, optimizer, shape, None)} | sides)
+    *how, steps = NETS[name]
+    sides = {side: _steps(*how, policy, steps) for side, policy in POLICIES.items()}
+    times = in_turn({"dense": _steps(*how, None, steps)} | sides)
     return [
-        {"kind": "masks", "case": name, "side": side, "ms": 1e3 * median(times[side]) / STEPS}
+        {"kind": "masks", "case": name, "side": side, "ms": 1e3 * median(times[side]) / steps}
         | _ratio(times[side], times["dense"])
         for side in times
     ]
@@ -110,7 +113,7 @@ def _steps(
     )
 
     def steps() -> None:
-        for _ in range(STEPS):
+        for _ in range(count):
             loss = cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()

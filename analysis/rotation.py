@@ -145,7 +145,7 @@ def _pieces(
             ours, dense = (_of(results.rows(), side=s, **key) for s in ("rotation", "dense"))
             ours = _of(ours, budget=share)
             if ours and dense:
-                yield "dense, cut", max(1, round(task.steps * _time(ours) / _time(dense))), share
+                yield "dense, cut", max(1, round(task.steps * min(1.0, _time(ours) / _time(dense)))), share
 
 
 def _train(task: Task, side: str, share: float, seed: int, results: Results) -> None:
