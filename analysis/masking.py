@@ -83,9 +83,9 @@ def in_turn(turns: Mapping[str, Turn], rounds: int = ROUNDS) -> dict[str, list[f
 
 
 def masks(name: str) -> list[dict[str, Any]]:
-    *how, steps = NETS[name]
-    sides = {side: _steps(*how, policy, steps) for side, policy in POLICIES.items()}
-    times = in_turn({"dense": _steps(*how, None, steps)} | sides)
+    make, optimizer, shape, steps = NETS[name]
+    turns = {"dense": None} | POLICIES
+    times = in_turn({side: _steps(make, optimizer, shape, p, steps) for side, p in turns.items()})
     return [
         {"kind": "masks", "case": name, "side": side, "ms": 1e3 * median(times[side]) / steps}
         | _ratio(times[side], times["dense"])
@@ -93,12 +93,7 @@ def masks(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _steps(
-    make: Net,
-    kind: Callable[[Any], Optimizer],
-    shape: tuple[int, ...],
-    policy: Callable[[], cp.Policy] | None,
-) -> Turn:
+def _steps(make: Net, kind: Optimizers, shape: tuple[int, ...], policy: Policy, count: int) -> Turn:
     torch.manual_seed(0)
     model = make()
     optimizer, x, y = kind(model.parameters()), torch.randn(shape), torch.randint(10, shape[:1])
