@@ -70,10 +70,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def in_turn(turns: Mapping[str, Turn], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def in_turn(turns: Mapping[str, Turn]) -> dict[str, list[float]]:
     """CPU seconds of every turn, round by round; the first few are not counted."""
     found: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(rounds + 3):
+    for number in range(ROUNDS + 3):
         for name, turn in turns.items():
             began = time.process_time()
             turn()
@@ -136,7 +136,7 @@ def blocks(shape: tuple[int, int], share: float, rows: int = 256) -> dict[str, A
         ("forward", partial(_forward, x.detach())),
         ("step", partial(_there_and_back, x, seen)),
     ):
-        times = in_turn({"dense": partial(turn, dense), "blocks": partial(turn, small)}, 40)
+        times = in_turn({"dense": partial(turn, dense), "blocks": partial(turn, small)})
         found[name] = _ratio(times["dense"], times["blocks"])["ratio"]
     return found
 
