@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..control.ramp import Plan
 from ..policies.base import Decision
 from ..structure.groups import widths_of
 from ..structure.portable import misfit
@@ -28,7 +29,7 @@ from .run import Run
 __all__ = ["Ending", "finish"]
 
 log = logging.getLogger("controlprune")
-HEALING = 0.5  # the part of a run that the default plan leaves after its cut, which is over half-way
+HEALING = 1.0 - Plan().deadline  # the part of a run that the default plan leaves after its cut
 CORRECTIONS = 4
 READINGS = 2
 TOLD = 0.05  # of a limit: a measured use further above it is said

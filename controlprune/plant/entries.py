@@ -134,20 +134,11 @@ class EntryPlant(BasePlant):
         """A mask goes where its weights are, when it is next used."""
 
     def rest(self) -> None:
-        written = [place for place in self._places if place.keep is not None and self._written(place)]
+        anyway = self.optimizer is None
+        masked = [place for place in self._places if place.keep is not None]
+        written = [place for place in masked if anyway or place.parameter._version != place.version]
         if written:
-            self._again(written)
-
-    def _written(self, place: Place) -> bool:
-        return self.optimizer is None or place.parameter._version != place.version
-
-    @uninterrupted
-    def _again(self, places: Sequence[Place]) -> None:
-        for place in places:
-            keep = place.here
-            assert keep is not None
-            silence_(place.parameter, keep)
-            place.version = place.parameter._version
+            _silence_weights(written)
 
     def release(self) -> None:
         self.apply(all_on(self.structure), compact=False)
@@ -269,6 +260,15 @@ class EntryPlant(BasePlant):
             raise ValueError(f"saved: {odd!r} is missing or too much; it was saved from another model")
         groups = self.structure.groups
         self.apply([from_bits(saved[f"mask/{g.name}"].cpu(), g.size) for g in groups], compact=False)
+
+
+@uninterrupted
+def _silence_weights(places: Sequence[Place]) -> None:
+    for place in places:
+        keep = place.here
+        assert keep is not None
+        silence_(place.parameter, keep)
+        place.version = place.parameter._version
 
 
 class _Arrival:

@@ -60,7 +60,7 @@ from ..rigl import cosine
 from .pace import LOOK, look_spacing, observation_spacing, shrink_pays
 from .pricing import Prices, Regulator
 from .reference import Reference
-from .units import UnitRecord
+from .units import UnitRecord, checked_values
 
 __all__ = ["Control", "ControlLoop"]
 
@@ -202,7 +202,7 @@ class ControlLoop(Policy):
 
     def _values(self, known: Statistics) -> Tensor:
         if self.control.value is not None:
-            return _checked_values(self.control.value(known), known)
+            return checked_values(self.control.value(known), known)
         if self.gates is None:
             values = first_guess(known)
         else:
@@ -391,10 +391,3 @@ _PLAIN = ("retargeted", "updates", "revised_at", "looks_until", "rests")
 
 def _is_fraction(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0.0 < value <= 1.0
-
-
-def _checked_values(values: Tensor, known: Statistics) -> Tensor:
-    units = len(known.mean)
-    if not isinstance(values, Tensor) or values.shape != (units,) or not bool(values.isfinite().all()):
-        raise ValueError(f"Control(value=…) gave {values!r}: give one finite number for each of {units}")
-    return values.detach().float()

@@ -26,7 +26,7 @@ from ...saliency.network import Statistics
 from ...saliency.worth import plasticity, stability
 from ...structure.groups import widths_of
 
-__all__ = ["UnitRecord"]
+__all__ = ["UnitRecord", "checked_values"]
 
 GREW = 2.0**16  # its square, and that times a batch, are far from what float32 and bfloat16 hold
 OLD = 30_000  # updates: the age of a unit that was never switched, and where ages stop
@@ -153,3 +153,11 @@ def _scale(gradients: Tensor) -> float:
         seen = gradients[gradients.isfinite()].double()
         size = float(seen.square().mean().sqrt()) if len(seen) else 0.0
     return 2.0 ** round(math.log2(size)) if size > 0.0 else 0.0
+
+
+def checked_values(values: Tensor, known: Statistics) -> Tensor:
+    """What a function of the user's gave."""
+    units = len(known.mean)
+    if not isinstance(values, Tensor) or values.shape != (units,) or not bool(values.isfinite().all()):
+        raise ValueError(f"Control(value=…) gave {values!r}: give one finite number for each of {units}")
+    return values.detach().float()
