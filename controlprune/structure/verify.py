@@ -22,12 +22,12 @@ from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, s
 from .groups import Refusal, Slice, Structure, Work, widths_of
 from .guards import Guard, Quantity, Reckoned, Unprovable, groups_of, unseen
 from .record import ExampleInputs
+from .tape.build import ALIGNED
 from .trial import DIFFERS, FIXED, Failure, Trial
 
 __all__ = ["verify", "without"]
 
 CHEAP = 10**9  # FLOPs of a forward pass under which groups meet at four sizes instead of one
-ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 
 Families = list[list[int]]
 
@@ -78,6 +78,9 @@ class _Check:
     trains: bool
     refused: dict[int, str] = field(default_factory=dict)
     multiples: dict[int, int] = field(default_factory=dict)  # widths that a kernel insists on
+
+    def __post_init__(self) -> None:
+        self.multiples.update({n: g.multiple for n, g in enumerate(self.structure.groups) if g.multiple > 1})
 
     def run(self) -> None:
         """Refuse until every draw passes with what is left, and draws of every kind are among them."""

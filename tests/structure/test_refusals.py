@@ -54,6 +54,7 @@ def test_grouped_experts_stay_whole_and_their_neurons_go_in_the_kernels_steps() 
     torch.manual_seed(0)
     structure = analyse(GroupedProducts(32), torch.randn(5, 8))
     assert [(g.name, g.size, g.multiple) for g in structure.groups] == [("up", 32, 8)]
+    assert structure.forwards < 20
     told = {r.name: r.reason for r in structure.refused if r.size == 4}
     assert told["up"].startswith(
         "a router picks whole experts by index: one that is off would still be picked"

@@ -179,7 +179,7 @@ def _padded(dims: Dims, ndim: int) -> Dims:
 
 @rule("_grouped_mm")
 def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
-    """out[t, m] = Σ_k x[t, k] w[expert of t, k, m]; torch counts no FLOPs for it."""
+    """out[t, m] = Σ_k x[t, k] w[expert of t, k, m], rows in steps of 16 bytes; torch counts no FLOPs."""
     left, right = call.dims("self"), call.dims("mat2")
     if len(right) != 3:
         return taint(tape, call)
@@ -187,6 +187,7 @@ def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
     tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
     tape.pin(expert.axis, EXPERTS)
     tape.pin_dims(lead, EXPERTS)
+    tape.aligned += [k.axis, m.axis]
     return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(*lead, n, m))]
 
 

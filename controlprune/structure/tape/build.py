@@ -18,7 +18,9 @@ from .axes import Axis, factors_of, leaves, parts_of, pin
 from .seen import Attribute, Computed, Size, Term
 from .tape import MEET, Source, Tape, TracedWork
 
-__all__ = ["build"]
+__all__ = ["ALIGNED", "build"]
+
+ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 
 
 def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
@@ -134,6 +136,7 @@ def _structure(
 ) -> Structure:
     tensors = {n: tuple(_extent(axis, numbers) for axis in dims) for n, dims in tape.tensors.items()}
     names: Counter[str] = Counter()
+    aligned = _aligned(tape)
     kinds = dict(tape.model.named_modules())
     wide = {n for n, dims in tensors.items() if len(dims) > 1}
     groups = []
@@ -145,7 +148,7 @@ def _structure(
         name, kind = _name(slices, numbers[leaf], kinds, wide)
         names[name] += 1
         name = name if names[name] == 1 else f"{name}:{names[name]}"
-        groups.append(Group(name, leaf.size, kind, tuple(slices)))
+        groups.append(Group(name, leaf.size, kind, tuple(slices), ALIGNED if leaf in aligned else 1))
     known: dict[Axis, Extent] = {}
     work, traffic, activations = (
         [_work(traced, numbers, known) for traced in terms]
@@ -177,6 +180,12 @@ def _structure(
         guards=_guards(tape, numbers),
         asked=dict(tape.asked),
     )
+
+
+def _aligned(tape: Tape) -> set[Axis]:
+    """Leaves that are rows of a kernel that wants them in steps; of products, the check finds out."""
+    found = {part.root for axis in tape.aligned for part in parts_of(axis)}
+    return {leaf for leaf in found if not leaf.factors and leaf.size % ALIGNED == 0 and leaf.size > ALIGNED}
 
 
 def _guards(tape: Tape, numbers: dict[Axis, int]) -> tuple[Guard, ...]:

@@ -135,6 +135,7 @@ class Tape:
     attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
     norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
+    aligned: list[Axis] = field(default_factory=list)  # lengths of rows that a kernel wants in its steps
     counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
     questions: list[Question] = field(default_factory=list)  # what the model's code asked about sizes
     asked: Counter[Place] = field(default_factory=Counter)  # where, and how often in one pass
