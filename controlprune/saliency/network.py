@@ -45,6 +45,7 @@ FEATURES = (
 HIDDEN = 8
 OPTIMISM, DOUBT = 0.7, 2.0
 TINY = 1e-30  # of squares of gradients, which may be of any unit
+MOST = 2**24  # numbers of which torch takes a quantile; of more, a sample
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def first_guess(s: Statistics) -> Tensor:
     weakest = torch.zeros(int(s.group.max()) + 1)
     for g in range(len(weakest)):
         of_group = active[(s.group == g) & s.on]
+        of_group = of_group[:: 1 + len(of_group) // MOST]
         weakest[g] = torch.quantile(of_group, 0.125) if len(of_group) else 0.0
     looked_at = torch.maximum(promise, 0.5 * s.curvature) * s.seen / (s.seen + DOUBT)
     dormant = torch.where(s.seen > 0, looked_at, OPTIMISM * weakest[s.group])

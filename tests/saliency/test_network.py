@@ -36,6 +36,17 @@ def statistics(seed: int = 0, on: Tensor | None = None, units: int = UNITS) -> S
     )
 
 
+def test_a_group_may_be_larger_than_torch_takes_a_quantile_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 4096 x 11008 single weights is; the last unit is off and was never seen."""
+    few = statistics(on=torch.arange(UNITS) < UNITS - 1)
+    few = replace(few, seen=few.seen * few.on)
+    whole = first_guess(few)[-1]
+    monkeypatch.setattr("controlprune.saliency.network.MOST", 16)
+    assert float(first_guess(few)[-1]) == pytest.approx(float(whole), rel=0.5)
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(torch.zeros(2**24 + 1), 0.125)
+
+
 def test_an_untrained_controller_is_the_first_guess() -> None:
     gates, s = GateController(seed=0), statistics()
     guess = first_guess(s)
