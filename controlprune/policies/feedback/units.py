@@ -7,7 +7,8 @@
 
 Vectors over all units, one group after the other. Gradients are taken in units of their size when the first
 ones came (a power of two), so that a run whose loss is k times as large decides alike. The window's rounding
-(bfloat16) is far under its sampling error, ages are in updates.
+(bfloat16) is far under its sampling error, that of norms at the start averages out over a group; ages are in
+updates.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class UnitRecord:
         self.movement = torch.zeros(units if moves else 0)  # −Σ g over all observations
         self.scale = 0.0  # what gradients are divided by; 0: none was seen yet
         self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
-        self.first = torch.full((units,), math.inf)  # norms of what reads them, at the start; inf: not known
+        self.first = torch.full((units,), math.inf, dtype=torch.bfloat16)  # `began`; inf: not known
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
 
     def set_pace(self, memory: float, update_every: int) -> None:
@@ -90,11 +91,11 @@ class UnitRecord:
 
     def began(self, norms: Tensor) -> None:
         """Norms of what reads the units before the first step."""
-        self.first = norms
+        self.first = norms.bfloat16()
 
     def plasticity(self, norms: Tensor, on: Tensor) -> float:
         """0 where it is not known how the run began."""
-        first, now = (self.split(torch.where(on, x, 0.0)) for x in (self.first, norms))
+        first, now = (self.split(torch.where(on, x, 0.0)) for x in (self.first.float(), norms))
         return plasticity(first, now)
 
     def _marginal_costs(self, problem: Problem, on: Tensor) -> Tensor:
