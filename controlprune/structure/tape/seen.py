@@ -27,6 +27,7 @@ import torch
 
 from ..guards import Place
 from .axes import Axis
+from .messages import is_message
 
 __all__ = [
     "FITS",
@@ -135,6 +136,10 @@ class Seen:
         _tell(VALUE, self.term)
         return self.value
 
+    def _written(self) -> Any:
+        """Its number, for a text."""
+        return self.value if is_message(_out_of_file(sys._getframe(1))) else self._given()
+
     def __reduce__(self) -> Any:
         return type(self.value), (self.value,)
 
@@ -167,13 +172,13 @@ class Seen:
         return round(self._given(), digits)
 
     def __format__(self, spec: str) -> str:
-        return format(self._given(), spec)
+        return format(self._written(), spec)
 
     def __str__(self) -> str:
-        return str(self._given())
+        return str(self._written())
 
     def __repr__(self) -> str:
-        return repr(self._given())
+        return repr(self._written())
 
     def __array__(self, *given: Any, **named: Any) -> Any:
         return np.asarray(self._given()).__array__(*given, **named)

@@ -53,6 +53,14 @@ def _dims(net: Guarded, h: Tensor) -> Tensor:
     return h if h.dim() == 2 else h.unsqueeze(0)
 
 
+def _asserted(net: Guarded, h: Tensor) -> Tensor:
+    torch._assert(
+        h.dim() == 2,
+        f"two dimensions expected, not {h.shape}",
+    )
+    return h
+
+
 def _einops_like(net: Guarded, h: Tensor) -> Tensor:
     """rearrange(h, "b (g d) -> b (d g)", g=4)"""
     b, c = h.shape
@@ -248,6 +256,7 @@ BENIGN: dict[str, Callable[[], Guarded]] = {  # asks too, and does the same what
         "asserted": lambda net, h: h if h.shape[1] == net.first.out_features else h[:, 100:],
         "same_either_way": lambda net, h: h * 2 if h.shape[1] % 2 else h + h,
         "batch": lambda net, h: h * 2 if h.shape[0] > 2 else h,
+        "message": _asserted,
         "folded": lambda net, h: h.view(len(h), 2, h.shape[1] // 2).tanh().flatten(1),
         "per_example": lambda net, h: torch.stack([h[k] for k in range(h.shape[0])]),
         "rank": lambda net, h: h * 2 if h.dim() == 2 else h,
