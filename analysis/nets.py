@@ -23,12 +23,13 @@ __all__ = ["WORKLOADS", "Workload", "resnet50"]
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, and one batch of made-up data to train it on."""
+    """A network, and one batch of made-up data to train it on. `ignored`: layers that keep their width."""
 
     name: str
     dense: tuple[int, ...]
     build: Callable[[Sequence[int]], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
+    ignored: tuple[str, ...] = ()
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
@@ -114,7 +115,7 @@ WORKLOADS = {
     for w in (
         Workload("mlp", (1024, 1024), _mlp, lambda: (torch.randn(128, 784), torch.randint(10, (128,)))),
         Workload("cnn", (32, 32, 64, 64), _cnn, lambda: _images(64, 3, 16)),
-        Workload("gpt", (4, 512) * 4, _GPT, lambda: _text(8)),
+        Workload("gpt", (4, 512) * 4, _GPT, lambda: _text(8), ("token",)),
     )
 }
 

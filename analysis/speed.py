@@ -155,7 +155,7 @@ def pruned_side(
     model = work.build(work.dense)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
     step = trainer(work, model, optimizer, x, y)
-    structure = analyse(model, (x,))
+    structure = analyse(model, (x,), ignored_layers=work.ignored)
     plant = Plant(model, optimizer, structure)
     step()
     step()
@@ -266,7 +266,7 @@ def widths(arguments: argparse.Namespace) -> None:
     for work in chosen(arguments):
         x, y = work.batch()
         model = work.build(work.dense)
-        cost = flops(analyse(model, (x,)))
+        cost = flops(analyse(model, (x,), ignored_layers=work.ignored))
         dense = plain_side(work, work.dense, x, y)
         for share in (0.9, 0.75, 0.6, 0.45, 0.25):
             at = tuple(max(1, round(n * share)) for n in work.dense)
