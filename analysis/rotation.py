@@ -170,8 +170,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     dense, figure = _of(rows, side="dense"), _figure(rows)
-    run = f"{rows[0]['task']}, {dense[0]['steps']} steps, {len(dense)} seeds"
-    head = f"**{run}; {figure} of dense {_shown(dense)}**"
+    head = f"**{rows[0]['task']}, {dense[0]['steps']} steps, {figure} of dense {_shown(dense)}**"
     columns = ["active", "rotation", "small net", "dense, cut", "training FLOPs", "time/dense", "small net's"]
     lines = [head, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for share in sorted({r["budget"] for r in rows if r["side"] == "rotation"}):
@@ -217,7 +216,8 @@ def _shown(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     found, form = bootstrap([r[_figure(rows)] for r in rows]), ".2f" if "accuracy" in rows[0] else ".3f"
-    return f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    between = f" [{found.low:{form}}, {found.high:{form}}]" if len(rows) > 1 else ""
+    return f"{found.mean:{form}}{between} ({len(rows)})"
 
 
 def _time(rows: Sequence[dict[str, Any]]) -> float:

@@ -218,8 +218,7 @@ def _of(rows: Sequence[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     dense = _of(rows, side="dense")
     densities = sorted({r["budget"] for r in rows if r["side"] != "dense"}, reverse=True)
-    seeds = len(dense)
-    head = f"**{rows[0]['task']}, {rows[0]['steps']} steps, {seeds} seeds, dense {_interval(dense)}**"
+    head = f"**{rows[0]['task']}, {rows[0]['steps']} steps, dense {_interval(dense)}**"
     columns = ["policy", *(f"{100 * (1 - d):.0f} % off" for d in densities), "FLOPs counted", "time/dense"]
     lines = [head, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for side in POLICIES:
@@ -233,7 +232,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _interval(rows: Sequence[dict[str, Any]]) -> str:
-    return str(bootstrap([row["accuracy"] for row in rows])) if rows else ""
+    """With the number of seeds in brackets."""
+    if len(rows) < 2:
+        return f"{rows[0]['accuracy']:.2f} (1)" if rows else ""
+    return f"{bootstrap([row['accuracy'] for row in rows])} ({len(rows)})"
 
 
 def _time(rows: Sequence[dict[str, Any]]) -> float:

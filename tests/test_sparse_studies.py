@@ -29,7 +29,7 @@ def test_the_table_of_weights_has_a_line_a_policy(tmp_path: Path) -> None:
         row = measured(task, made, side, 1.0 if side == "dense" else 0.2, 0, lambda *_: None)
         results.append([row | {"task": "mnist"}])
     lines = weights.tables(results.rows()).splitlines()
-    assert lines[0].startswith(f"**mnist, {task.steps} steps, 1 seeds")
+    assert lines[0].startswith(f"**mnist, {task.steps} steps, dense ")
     assert lines[2].startswith("| policy | 80 % off")
     assert [line.split(" | ")[0] for line in lines[4:]] == ["| RigL"]
 
