@@ -44,7 +44,9 @@ MOVES = ((0.0, 0.6), (0.45, 0.3), (0.6, 0.5))  # of the run: the budget from the
 
 def watched(task: Task, seed: int, regulator: Probed) -> Trace:
     """A run at the budget from early on, never frozen; the rest after `SETTLED`."""
-    policy = Control(invert=False, regulator=regulator, update_every=EVERY, plan=AT_ONCE, freeze=1.0)
+    policy = Control(
+        invert=False, regulator=regulator, update_every=EVERY, plan=AT_ONCE, freeze=1.0, shrink=False
+    )  # masked, every unit is seen at every update: none is a look
     side, controller = controlled(task, seed, BUDGET, EVERY * UPDATES, policy, round_to=1)
     train([side], EVERY * UPDATES)
     rows = list(controller.history)[:-1]  # the last update enforces the budget
