@@ -94,10 +94,10 @@ def _reversed(extent: Extent) -> Extent:
 
 
 def test_the_check_sees_a_flatten_taken_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = checking.verify
+    true = checking.analyse
 
-    def wrong(model: nn.Module, inputs: checking.Inputs, structure: Structure) -> Structure:
-        structure = true(model, inputs, structure)
+    def wrong(model: nn.Module, inputs: checking.Inputs) -> Structure:
+        structure = true(model, inputs)
         tensors = {name: tuple(map(_reversed, dims)) for name, dims in structure.tensors.items()}
         groups = tuple(
             replace(g, slices=tuple(replace(s, extent=_reversed(s.extent)) for s in g.slices))
@@ -105,7 +105,7 @@ def test_the_check_sees_a_flatten_taken_in_the_wrong_order(monkeypatch: pytest.M
         )
         return replace(structure, tensors=tensors, groups=groups)
 
-    monkeypatch.setattr(checking, "verify", wrong)
+    monkeypatch.setattr(checking, "analyse", wrong)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
     assert run(lambda: (model, (torch.randn(2, 3, 8, 8),))).status == "WRONG"
 
