@@ -165,7 +165,7 @@ def _train(task: Task, side: str, share: float, seed: int, results: Results) -> 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """One table a task: what an active share costs, and what comes of it."""
-    return "\n\n".join(_table([r for r in rows if r["task"] == t]) for t in TASKS if _of(rows, task=t))
+    return "\n\n".join(_table(_of(rows, task=t)) for t in _ran(rows))
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
@@ -187,7 +187,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Left to right the tasks: the figure against the CPU time of the training."""
     import matplotlib.pyplot as plt
 
-    names = [task for task in TASKS if _of(rows, task=task, side="dense")]
+    names = _ran(rows)
     picture, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         own = _of(rows, task=name)
@@ -206,6 +206,11 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _of(rows: Sequence[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
     return [row for row in rows if all(row[name] == value for name, value in key.items())]
+
+
+def _ran(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The tasks on which there is something to compare."""
+    return [task for task in TASKS if all(_of(rows, task=task, side=s) for s in ("dense", "rotation"))]
 
 
 def _figure(rows: Sequence[dict[str, Any]]) -> str:
