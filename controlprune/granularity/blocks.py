@@ -10,8 +10,6 @@ A layer has tiles if it is an `nn.Linear`, they divide it, and nothing but its o
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,8 +18,8 @@ from ..plant.base import Kind, named_tensors
 from ..plant.block_linear import BlockLinear, panels, tiles, to_blocks
 from ..plant.entries import EntryPlant
 from ..plant.place import Place
-from ..structure.groups import Group, Refusal, Structure
-from .entries import STEPS, eligible
+from ..structure.groups import Group, Structure
+from .entries import STEPS
 from .weights import Weights
 
 __all__ = ["Blocks"]
@@ -40,26 +38,11 @@ class Blocks(Weights):
     def __str__(self) -> str:
         return f'"block:{self.rows}x{self.columns}"'
 
-    def groups(
-        self, model: nn.Module, traced: Structure, ignored: Collection[str]
-    ) -> tuple[list[Group], tuple[Refusal, ...]]:
-        names, refused = eligible(model, traced, ignored)
-        parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
-        groups, more = [], []
-        for name in names:
-            shape = parameters[name].shape
-            if reason := self._why_not(name, shape, modules, traced):
-                more.append(Refusal(name, shape.numel(), reason))
-            else:
-                size = shape.numel() // (self.rows * self.columns)
-                groups.append(Group(name, size, "block", (), step=max(1, size // STEPS)))
-        return groups, (*refused, *more)
-
-    def _why_not(self, name: str, shape: torch.Size, modules: dict[str, nn.Module], traced: Structure) -> str:
+    def why_not(self, name: str, shape: torch.Size, model: nn.Module, traced: Structure) -> str:
         path = name.rpartition(".")[0]
-        if type(modules[path]) is not nn.Linear:
+        if type(model.get_submodule(path)) is not nn.Linear:
             return "it is no nn.Linear's"
-        within = (modules[path[:n]] for n in range(len(path)) if path[n] == "." or n == 0)
+        within = (model.get_submodule(path[:n]) for n in range(len(path)) if path[n] == "." or n == 0)
         if any(isinstance(module, FUSED) for module in within) or any(
             name in work.weights and work.where != path for work in traced.work
         ):
@@ -68,14 +51,11 @@ class Blocks(Weights):
             return f"its {shape[0]} x {shape[1]} is no multiple of {self.rows} x {self.columns}"
         return ""
 
-    def plant(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        structure: Structure,
-        park_on: torch.device | None = None,
-    ) -> BlockPlant:
-        self.require_whole(model)
+    def group(self, name: str, size: int) -> Group:
+        count = size // (self.rows * self.columns)
+        return Group(name, count, "block", (), step=max(1, count // STEPS))
+
+    def laid_on(self, model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> EntryPlant:
         return BlockPlant(model, optimizer, structure, self.rows, self.columns)
 
 

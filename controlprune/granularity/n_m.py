@@ -13,7 +13,7 @@ by kernels for semi-structured tensors, which some GPUs have for 2:4
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 
 from ..plant.entries import EntryPlant
 from ..plant.masks import Masks
-from ..structure.groups import Group, Refusal, Structure
-from .entries import eligible
+from ..structure.groups import Group, Structure
 from .weights import Weights
 
 __all__ = ["NofM"]
@@ -39,31 +38,14 @@ class NofM(Weights):
     def __str__(self) -> str:
         return f'"{self.n}:{self.m}"'
 
-    def groups(
-        self, model: nn.Module, traced: Structure, ignored: Collection[str]
-    ) -> tuple[list[Group], tuple[Refusal, ...]]:
-        names, refused = eligible(model, traced, ignored)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        left = [name for name in names if shapes[name][1] % self.m]
-        more = [
-            Refusal(n, shapes[n].numel(), f"its {shapes[n][1]} inputs are no multiple of {self.m}")
-            for n in left
-        ]
-        groups = [self._group(name, shapes[name].numel()) for name in names if name not in left]
-        return groups, (*refused, *more)
+    def why_not(self, name: str, shape: torch.Size, model: nn.Module, traced: Structure) -> str:
+        return f"its {shape[1]} inputs are no multiple of {self.m}" if shape[1] % self.m else ""
 
-    def _group(self, name: str, size: int) -> Group:
+    def group(self, name: str, size: int) -> Group:
         least = self.n * size // self.m
         return Group(name, size, "weight", (), multiple=least, step=size, least=least)
 
-    def plant(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        structure: Structure,
-        park_on: torch.device | None = None,
-    ) -> PatternPlant:
-        self.require_whole(model)
+    def laid_on(self, model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> EntryPlant:
         return PatternPlant(model, optimizer, structure, self.m)
 
 

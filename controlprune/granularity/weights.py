@@ -38,8 +38,18 @@ class Weights(Granularity):
     ) -> tuple[list[Group], tuple[Refusal, ...]]:
         """One for each parameter that has such units; the others, with the reason."""
         names, refused = eligible(model, traced, ignored)
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        return [Group(n, sizes[n], "weight", (), step=max(1, sizes[n] // STEPS)) for n in names], refused
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        reasons = {name: self.why_not(name, shapes[name], model, traced) for name in names}
+        more = (Refusal(name, shapes[name].numel(), reason) for name, reason in reasons.items() if reason)
+        return [self.group(n, shapes[n].numel()) for n in names if not reasons[n]], (*refused, *more)
+
+    def why_not(self, name: str, shape: torch.Size, model: nn.Module, traced: Structure) -> str:
+        """Why this parameter has no such units; "" if it has."""
+        return ""
+
+    def group(self, name: str, size: int) -> Group:
+        """Of a parameter with so many entries."""
+        return Group(name, size, "weight", (), step=max(1, size // STEPS))
 
     def plant(
         self,
@@ -49,6 +59,9 @@ class Weights(Granularity):
         park_on: torch.device | None = None,
     ) -> EntryPlant:
         self.require_whole(model)
+        return self.laid_on(model, optimizer, structure)
+
+    def laid_on(self, model: nn.Module, optimizer: Optimizer | None, structure: Structure) -> EntryPlant:
         return EntryPlant(model, optimizer, structure)
 
 
