@@ -1,18 +1,27 @@
-"""What deciding costs for large models: time of an update and its growth, and of a trace on the meta device.
+"""What a large model costs its controller: seconds of an update and their growth, of a trace, of an attach.
 
-    python -m analysis.decision updates            G groups of N units: seconds of an update that cuts
-    python -m analysis.decision traces 7 70 400    Llamas of so many billion parameters, without their memory
+    python -m analysis.decision updates               G groups of N units: an update that cuts
+    python -m analysis.decision traces 7 70 400       Llamas of so many billion parameters, without their memory
+    python -m analysis.decision attaches 0.1 1 3      with it, in bfloat16, and SGD
+    python -m analysis.decision tables --into docs/gpu.md
 
-Process CPU seconds on one thread; the exponent is that of the least squares line through (log units, log
-seconds). An update is `decide` of the default policy in the middle of its cut, from made-up gradients.
+Process CPU seconds on one thread, MB of resident memory that the call added at its peak; every case in a
+process of its own, a line of JSON each. An update is `decide` of the default policy in the middle of its cut,
+from made-up gradients; `kept`: what the policy remembers. The exponents p are those of the least squares lines
+through (log units, log seconds) along a row or a column of the table; n log n has p = 1.1 here.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +32,24 @@ from controlprune.cost.problem import pose
 from controlprune.cost.survey import exact_costs
 from controlprune.policies.base import Observation
 
+from .bench.run import provenance
+from .bench.tables import placed
+from .measure import Results
+
+__all__ = ["main", "tables"]
+
+RESULTS = Path(__file__).parent / "results" / "decision.jsonl"
 LLAMA = {  # hidden, layers, heads, key/value heads, feed-forward
-    7: (4096, 32, 32, 32, 11008),
-    70: (8192, 80, 64, 8, 28672),
-    400: (16384, 126, 128, 8, 53248),
+    0.1: (768, 12, 12, 12, 2048),
+    1.0: (2048, 16, 32, 8, 8192),
+    3.0: (3072, 28, 24, 8, 8192),
+    7.0: (4096, 32, 32, 32, 11008),
+    70.0: (8192, 80, 64, 8, 28672),
+    400.0: (16384, 126, 128, 8, 53248),
 }
-SIZES = [(50, 1000), (200, 1000), (1000, 1000), (200, 2500), (200, 10_000)]
+GROUPS, UNITS = (10, 30, 100, 200, 1000), (100, 1000, 10_000)
 HORIZON = 6000
+Row = dict[str, Any]
 
 
 def layers(groups: int, units: int) -> nn.Module:
@@ -40,11 +60,10 @@ def layers(groups: int, units: int) -> nn.Module:
     return nn.Sequential(*found, nn.ReLU(), nn.Linear(units, 8))
 
 
-def update(groups: int, units: int) -> tuple[float, float]:
-    """Seconds of one that cuts, MB that the policy keeps."""
+def update(groups: int, units: int) -> Row:
+    """The median of those that cut."""
     with torch.device("meta"):
-        traced = cp.trace(layers(groups, units), (torch.zeros(1, 8, device="meta"),))
-    structure = traced.structure
+        structure = cp.trace(layers(groups, units), (torch.zeros(1, 8, device="meta"),)).structure
     costs = exact_costs(["flops"], structure)
     problem = pose(structure, cp.Budget(flops=0.5), costs, total_steps=HORIZON, round_to=8, batch=1, seed=0)
     policy = cp.Control().begin(problem)
@@ -62,52 +81,128 @@ def update(groups: int, units: int) -> tuple[float, float]:
         ):
             found.append(spent)
             masks = decision.masks
-    kept = sum(
-        x.numel() * x.element_size() for x in (*vars(policy.units.moments).values(), policy.units.window)
-    )
-    return float(np.median(found)), kept / 1e6
+    own = (*vars(policy.units.moments).values(), policy.units.window, policy.units.first, policy.units.age)
+    kept = sum(x.numel() * x.element_size() for x in own)
+    return {"kind": "update", "groups": groups, "units": units, "seconds": float(np.median(found)),
+            "updates": len(found), "kept": kept / 1e6}  # fmt: skip
 
 
-def traced(billions: int) -> tuple[float, float, int]:
-    """Seconds of a trace, MB of resident memory that it added at its peak, units."""
+def llama(billions: float) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, count, heads, shared, inner = LLAMA[billions]
     config = LlamaConfig(hidden_size=hidden, num_hidden_layers=count, num_attention_heads=heads,
-                         num_key_value_heads=shared, intermediate_size=inner, use_cache=False)  # fmt: skip
+                         num_key_value_heads=shared, intermediate_size=inner, use_cache=False,
+                         tie_word_embeddings=billions < 7, dtype=torch.bfloat16)  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def traced(billions: float) -> Row:
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model = llama(billions)
+        inputs = {
+            "input_ids": torch.zeros(1, 16, dtype=torch.int64),
+            "attention_mask": torch.zeros(1, 1, 16, 16),
+        }
+    return _observed("trace", model, lambda: cp.trace(model, inputs).structure)
+
+
+def attached(billions: float) -> Row:
+    torch.set_default_dtype(torch.bfloat16)
+    model = llama(billions)
+    torch.set_default_dtype(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    inputs = {"input_ids": torch.zeros(1, 16, dtype=torch.int64)}
+
+    def attach() -> Any:
+        controller = cp.attach(
+            model, optimizer, budget=cp.Budget(flops=0.5), example_inputs=inputs, total_steps=HORIZON
+        )
+        return controller._run.problem.structure
+
+    return _observed("attach", model, attach)
+
+
+def _observed(kind: str, model: nn.Module, call: Callable[[], Any]) -> Row:
+    """What the call takes, and the structure that it finds."""
+    held, before = _resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.process_time()
-    with torch.device("meta"):
-        tokens, mask = torch.zeros(1, 16, dtype=torch.int64), torch.zeros(1, 1, 16, 16)
-    structure = cp.trace(model, {"input_ids": tokens, "attention_mask": mask}).structure
+    structure = call()
     spent = time.process_time() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"  {parameters / 1e9:.1f} billion parameters, {len(structure.groups)} groups")
-    return spent, (peak - before) / 1024, sum(structure.sizes)
+    return {"kind": kind, "parameters": sum(p.numel() for p in model.parameters()),
+            "groups": len(structure.groups), "units": sum(structure.sizes), "seconds": spent,
+            "peak": max(0, peak - before) / 1024, "left": _resident() - held, "model": held}  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["updates", "traces"])
-    parser.add_argument("billions", nargs="*", type=int, default=[7, 70, 400])
-    args = parser.parse_args(arguments)
+def _resident() -> float:
+    """MB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def alone(call: Callable[..., Row], *arguments: Any) -> Row:
+    """In a process of its own, so that its peak is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_one_thread, call, *arguments).result()
+
+
+def _one_thread(call: Callable[..., Row], *arguments: Any) -> Row:
     torch.set_num_threads(1)
-    if args.what == "traces":
-        for billions in args.billions:
-            spent, peak, units = traced(billions)
-            print(f"{billions} B: {spent:.1f} s, {peak:.0f} MB, {units} units", flush=True)
-        return
-    rows = []
-    for groups, units in SIZES:
-        seconds, kept = update(groups, units)
-        rows.append((groups * units, seconds))
-        print(f"{groups} groups x {units} units: {seconds:.2f} s per update, {kept:.0f} MB kept", flush=True)
-    x, y = np.log(np.array(rows)).T
-    print(f"exponent over all: {np.polyfit(x, y, 1)[0]:.2f}")
+    return call(*arguments) | provenance()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("command", choices=("updates", "traces", "attaches", "tables"))
+    parser.add_argument("billions", nargs="*", type=float, choices=LLAMA)
+    parser.add_argument("--into", type=Path, metavar="PAGE.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    results = Results(options.results)
+    if options.command == "tables":
+        made = tables(results.rows())
+        if options.into is None:
+            print("\n\n".join(made.values()))
+        else:
+            options.into.write_text(placed(options.into.read_text(encoding="utf-8"), made), encoding="utf-8")
+        return 0
+    if options.command == "updates":
+        cases = [(update, g, n) for g in GROUPS for n in UNITS]
+    else:
+        cases = [({"traces": traced, "attaches": attached}[options.command], b) for b in options.billions]
+    for case in cases:
+        row = alone(*case)
+        print({key: value for key, value in row.items() if key not in provenance()}, flush=True)
+        results.append([row])
+    return 0
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """Of the last run of every case."""
+    updates = {(r["groups"], r["units"]): r for r in rows if r["kind"] == "update"}
+    whole = {(r["kind"], r["parameters"]): r for r in rows if r["kind"] != "update"}
+    lines = ["| groups | " + " | ".join(f"{n:,} units" for n in UNITS) + " | p |", "|---" * 5 + "|"]
+    for g in GROUPS:
+        row = [updates[g, n] for n in UNITS]
+        cells = [f"{r['seconds']:.3g} s, {r['kept']:.2g} MB" for r in row]
+        lines.append(f"| {g:,} | " + " | ".join([*cells, f"{exponent(row):.2f}"]) + " |")
+    column = [f"{exponent([updates[g, n] for g in GROUPS]):.2f}" for n in UNITS]
+    lines.append("| p | " + " | ".join([*column, f"{exponent([*updates.values()]):.2f} of all"]) + " |")
+    models = ["| | parameters | groups | units | seconds | MB at peak | MB left |", "|---" * 7 + "|"]
+    for (kind, count), r in sorted(whole.items()):
+        models.append(
+            f"| {kind} | {count / 1e9:.2f} B | {r['groups']} | {r['units']:,} | {r['seconds']:.1f} "
+            f"| {r['peak']:,.0f} | {r['left']:,.0f} |"
+        )
+    return {"updates": "\n".join(lines), "models": "\n".join(models)}
+
+
+def exponent(rows: Sequence[Row]) -> float:
+    x, y = np.log([(r["groups"] * r["units"], r["seconds"]) for r in rows]).T
+    return float(np.polyfit(x, y, 1)[0])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,8 +29,9 @@ EDGE = 0.5  # over the hysteresis of the trade-off
 def regrowth(values: Tensor, s: Statistics, groups: Sequence[int], share: float) -> Tensor:
     """`values`, with those of the units of these groups as above."""
     found = values.clone()
+    ends = torch.bincount(s.group).cumsum(0).tolist()
     for group in groups:
-        mine = s.group == group
+        mine = slice(ends[group - 1] if group else 0, ends[group])
         on, wanted = s.on[mine], s.mean[mine].abs()
         own = torch.where(on, (0.5 * s.curvature[mine]).clamp_min(TINY), TINY)
         k = min(int(share * int(on.sum())), int((~on).sum()))
