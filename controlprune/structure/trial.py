@@ -50,6 +50,7 @@ KEPT = "a size that the module keeps, as self.head_dim"
 REWRITES = (  # how an error's text begins, and what to write instead
     (r"shape '\[-1, \d+\]'", "write x.flatten(1), or -1 for the size that shrinks"),
     (r"shape '", f"write -1 for the size that shrinks, or {KEPT}"),
+    (r".*SymIntArrayRef expected", "write torch.empty(n, m) for torch.Tensor(n, m)"),
     (r"split_with_sizes expects", f"split by {KEPT.replace('head_dim', 'width')}, or write x.chunk(n, dim)"),
 )
 

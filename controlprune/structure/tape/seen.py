@@ -111,11 +111,38 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.pop()
 
 
-class Unnested:
-    """What torch's own Python code asks of symbolic numbers (broadcast_shapes): these are ordinary sizes."""
+class Node:
+    """What torch asks of symbolic numbers: these are ordinary sizes, and it may have the number itself.
+
+    Its Python code asks so in broadcast_shapes; its C++ code where no mode hears of a call, as in
+    torch.Tensor(n, m) and torch.vmap.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: Seen) -> None:
+        self.number = number
 
     def is_nested_int(self) -> bool:
         return False
+
+    def is_int(self) -> bool:
+        return isinstance(self.number.value, int)
+
+    def is_float(self) -> bool:
+        return isinstance(self.number.value, float)
+
+    def is_bool(self) -> bool:
+        return False
+
+    def maybe_as_int(self) -> int | None:
+        return self.number._taken() if self.is_int() else None
+
+    def guard_int(self, file: str, line: int) -> int:
+        return int(self.number._taken())
+
+    def guard_float(self, file: str, line: int) -> float:
+        return float(self.number._taken())
 
 
 class Seen:
@@ -126,7 +153,6 @@ class Seen:
     """
 
     __slots__ = ("term", "value")
-    node = Unnested()
 
     def __init__(self, value: float, term: Term) -> None:
         self.value, self.term = value, term
@@ -135,6 +161,16 @@ class Seen:
         """Its number, for code in which it is not followed."""
         _tell(VALUE, self.term)
         return self.value
+
+    def _taken(self) -> Any:
+        """Its number, as the size of something that torch makes."""
+        if is_rough(self.term):
+            give(self)
+        return self.value
+
+    @property
+    def node(self) -> Node:
+        return Node(self)
 
     def _written(self) -> Any:
         """Its number, for a text."""

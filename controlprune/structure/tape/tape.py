@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..formula import Formula
@@ -30,6 +31,7 @@ __all__ = ["MEET", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "Tra
 
 MEET = "two activations are multiplied and summed over it (as queries and keys are)"
 
+T = TypeVar("T")
 Source: TypeAlias = tuple[str, int]  # (parameter name, dimension)
 UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
 
@@ -171,6 +173,9 @@ class Tape:
 
     def entry(self, tensor: Tensor) -> Entry:
         """What is known of the tensor; one never seen before is a constant of the model's code."""
+        if is_functorch_wrapped_tensor(tensor):
+            inner = self.entry(get_unwrapped(tensor))
+            return Entry(_seen_inside(tensor, inner.dims), inner.weight)
         known = self._entries.get(tensor)
         if known is not None and len(known.dims) == tensor.dim():
             if (owner := self._owners.get(id(tensor))) is not None:
@@ -194,6 +199,9 @@ class Tape:
 
     def axes_of(self, tensor: Tensor) -> list[Axis] | None:
         """Its axes where they are known; to look at them is no use of it."""
+        if is_functorch_wrapped_tensor(tensor):
+            inner = self.axes_of(get_unwrapped(tensor))
+            return None if inner is None else _seen_inside(tensor, inner)
         known = self._entries.get(tensor)
         if known is None and (key := _view_key(tensor)) is not None and key in self._views:
             known = self._named[self._views[key]]
@@ -300,6 +308,12 @@ class Tape:
 
 
 Rule: TypeAlias = Callable[[Tape, Call], "list[Dims]"]
+
+
+def _seen_inside(tensor: Tensor, all_of_it: list[T]) -> list[T]:
+    """Without the dimension that torch.vmap hides from the function it maps."""
+    hidden = maybe_get_bdim(tensor)  # -1: of another transform
+    return [one for d, one in enumerate(all_of_it) if d != hidden]
 
 
 def storage_of(tensor: Tensor) -> int:
