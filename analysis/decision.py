@@ -1,14 +1,14 @@
 """What a large model costs its controller: seconds of an update and their growth, of a trace, of an attach.
 
     python -m analysis.decision updates               G groups of N units: an update that cuts
-    python -m analysis.decision traces 7 70 400       Llamas of so many billion parameters, without their memory
+    python -m analysis.decision traces 7 70 400       Llamas of so many billion parameters, no memory taken
     python -m analysis.decision attaches 0.1 1 3      with it, in bfloat16, and SGD
     python -m analysis.decision tables --into docs/gpu.md
 
 Process CPU seconds on one thread, MB of resident memory that the call added at its peak; every case in a
 process of its own, a line of JSON each. An update is `decide` of the default policy in the middle of its cut,
-from made-up gradients; `kept`: what the policy remembers. The exponents p are those of the least squares lines
-through (log units, log seconds) along a row or a column of the table; n log n has p = 1.1 here.
+from made-up gradients; `kept`: what the policy remembers. The exponents p are those of the least squares
+lines through (log units, log seconds) along a row or a column of the table; n log n has p = 1.1 here.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("command", choices=("updates", "traces", "attaches", "tables"))
-    parser.add_argument("billions", nargs="*", type=float, choices=LLAMA)
+    parser.add_argument("billions", nargs="*", type=float, default=[], help=f"of {[*LLAMA]}")
     parser.add_argument("--into", type=Path, metavar="PAGE.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -168,12 +168,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             options.into.write_text(placed(options.into.read_text(encoding="utf-8"), made), encoding="utf-8")
         return 0
-    if options.command == "updates":
-        cases = [(update, g, n) for g in GROUPS for n in UNITS]
-    else:
-        cases = [({"traces": traced, "attaches": attached}[options.command], b) for b in options.billions]
+    call, cases = {
+        "updates": (update, [(g, n) for g in GROUPS for n in UNITS]),
+        "traces": (traced, [(b,) for b in options.billions]),
+        "attaches": (attached, [(b,) for b in options.billions]),
+    }[options.command]
     for case in cases:
-        row = alone(*case)
+        row = alone(call, *case)
         print({key: value for key, value in row.items() if key not in provenance()}, flush=True)
         results.append([row])
     return 0
@@ -186,7 +187,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     lines = ["| groups | " + " | ".join(f"{n:,} units" for n in UNITS) + " | p |", "|---" * 5 + "|"]
     for g in GROUPS:
         row = [updates[g, n] for n in UNITS]
-        cells = [f"{r['seconds']:.3g} s, {r['kept']:.2g} MB" for r in row]
+        cells = [f"{r['seconds']:.3g} s, {r['kept']:.3g} MB" for r in row]
         lines.append(f"| {g:,} | " + " | ".join([*cells, f"{exponent(row):.2f}"]) + " |")
     column = [f"{exponent([updates[g, n] for g in GROUPS]):.2f}" for n in UNITS]
     lines.append("| p | " + " | ".join([*column, f"{exponent([*updates.values()]):.2f} of all"]) + " |")

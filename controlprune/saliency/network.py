@@ -56,8 +56,7 @@ class Statistics:
     squared norm of the columns that read it. `movement`: −Σ_t g, under gradient flow the growth of ½ that
     norm over the rate. `cost`: its marginal cost, fraction of dense, summed over budgeted resources. `age`:
     steps since it was last switched, fraction of the horizon. `on`: is it (bool)? `group`: number of its
-    group (int64), ascending. `loss_slope`: relative fall of the loss; `progress`: the part of the run that has
-    passed.
+    group (int64, ascending). `loss_slope`: relative fall of the loss; `progress`: part of the run passed.
     """
 
     mean: Tensor
