@@ -118,7 +118,7 @@ def attached(billions: float) -> Row:
         controller = cp.attach(
             model, optimizer, budget=cp.Budget(flops=0.5), example_inputs=inputs, total_steps=HORIZON
         )
-        return controller._run.problem.structure
+        return controller.plant.structure
 
     return _observed("attach", model, attach)
 
@@ -141,25 +141,29 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def alone(call: Callable[..., Row], *arguments: Any) -> Row:
-    """In a process of its own, so that its peak is its own."""
+def alone(call: Callable[..., Row], *arguments: Any) -> tuple[Row, Row]:
+    """In a process of its own, so that its peak is its own; and where that was."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_one_thread, call, *arguments).result()
 
 
-def _one_thread(call: Callable[..., Row], *arguments: Any) -> Row:
+def _one_thread(call: Callable[..., Row], *arguments: Any) -> tuple[Row, Row]:
     torch.set_num_threads(1)
-    return call(*arguments) | provenance()
+    return call(*arguments), provenance()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("command", choices=("updates", "traces", "attaches", "tables"))
-    parser.add_argument("billions", nargs="*", type=float, default=[], help=f"of {[*LLAMA]}")
+    parser.add_argument("billions", nargs="*", type=float, help=f"of {[*LLAMA]}")
     parser.add_argument("--into", type=Path, metavar="PAGE.md")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.command in ("traces", "attaches") and not (
+        options.billions and all(b in LLAMA for b in options.billions)
+    ):
+        parser.error(f"billions={options.billions}: give some of {[*LLAMA]}")
     results = Results(options.results)
     if options.command == "tables":
         made = tables(results.rows())
@@ -174,9 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "attaches": (attached, [(b,) for b in options.billions]),
     }[options.command]
     for case in cases:
-        row = alone(call, *case)
-        print({key: value for key, value in row.items() if key not in provenance()}, flush=True)
-        results.append([row])
+        row, origin = alone(call, *case)
+        print(row, flush=True)
+        results.append([row | origin])
     return 0
 
 

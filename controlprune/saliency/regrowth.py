@@ -28,6 +28,8 @@ EDGE = 0.5  # over the hysteresis of the trade-off
 
 def regrowth(values: Tensor, s: Statistics, groups: Sequence[int], share: float) -> Tensor:
     """`values`, with those of the units of these groups as above."""
+    if not groups:
+        return values
     found = values.clone()
     ends = torch.bincount(s.group).cumsum(0).tolist()
     for group in groups:
