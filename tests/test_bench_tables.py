@@ -9,7 +9,7 @@ import pytest
 
 from analysis.bench import main as command
 from analysis.bench.sides import Side
-from analysis.bench.tables import placed, tables
+from analysis.bench.tables import placed, summary, tables
 from analysis.bench.tasks.graph import gcn
 from analysis.bench.tasks.language import language
 from analysis.measure import Results
@@ -49,6 +49,21 @@ def test_differences_are_paired_and_the_best_rival_is_neither_dense_nor_ours(tmp
     assert _cells(text, "norm")[7:9] == ["0.50", "30"]
     assert _cells(text, "ours")[8] == "—"
     assert "static" not in tables(tmp_path, "it", {"dense", "norm", "ours"})
+
+
+def test_longer_runs_have_lines_of_their_own_in_the_summary(tmp_path: Path) -> None:
+    rows = [
+        _row(side, 0, figure + steps / 40, steps=steps)
+        for steps in (40, 120)
+        for side, figure in (("dense", 90.0), ("ours", 88.0), ("norm", 87.5))
+    ]
+    Results(tmp_path / "it.jsonl").append(rows)
+    lines = summary(tmp_path, ["it"], ("dense", "ours", "norm")).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [(each[0], each[3], each[-1]) for each in cells] == [
+        ("it, 50 %", "**89.00 (1.00)**", "+0.50"),
+        ("it, 50 % (120 steps)", "**91.00 (1.00)**", "+0.50"),
+    ]
 
 
 def test_of_a_loss_less_is_better(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def _options() -> argparse.ArgumentParser:
     run.add_argument("--sides", nargs="+", default=list(SIDES), choices=[*SIDES, *LEVERS], metavar="SIDE")
     run.add_argument("--budgets", nargs="+", type=float, help="default: the task's")
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED")
+    run.add_argument("--steps", type=int, help="a longer or shorter run; default: the task's")
     run.add_argument("--as", dest="suffix", default="", help="a name for this checkout, added to the side's")
     run.add_argument("--again", action="store_true", help="also what is there; tables show the latest")
     run.add_argument("--dry", action="store_true", help="only say what it costs")
@@ -80,7 +81,8 @@ def _options() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    tasks = {task.name: task for task in (TASKS[name](options.data) for name in options.tasks)}
+    length = () if options.steps is None else (options.steps,)
+    tasks = {task.name: task for task in (TASKS[name](options.data, *length) for name in options.tasks)}
     pieces = [
         (task.name, side, budget, seed)
         for task in tasks.values()

@@ -55,11 +55,14 @@ def summary(folder: Path, tasks: Collection[str], shown: Collection[str]) -> str
     lines = ["| " + " | ".join(SUMMARY) + " |", "|" + "---|" * len(SUMMARY)]
     for task in tasks:
         rows = [r for r in _latest(Results(folder / f"{task}.jsonl").rows()) if r["side"] in shown]
-        for steps, budget in sorted({(r["steps"], r["budget"]) for r in rows if r["side"] == "ours"})[::-1]:
+        kinds = {(r["steps"], r["budget"]) for r in rows if r["side"] == "ours"}
+        usual = min((steps for steps, _ in kinds), default=0)
+        for steps, budget in sorted(kinds, key=lambda kind: (kind[0], -kind[1])):
             same = [
                 r for r in rows if r["steps"] == steps and (r["budget"] == budget or r["side"] == "dense")
             ]
-            lines.append(_summed(f"{task}, {100 * budget:.0f} %", same))
+            length = "" if steps == usual else f" ({steps:,} steps)"
+            lines.append(_summed(f"{task}, {100 * budget:.0f} %{length}", same))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

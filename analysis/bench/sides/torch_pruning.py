@@ -56,7 +56,7 @@ def _pruned(model: nn.Module, example: Any, ratio: float) -> nn.Module:
         num_heads=heads,
         prune_num_heads=bool(heads),
         head_pruning_ratio=ratio,
-        output_transform=_scalar,
+        output_transform=_logits,
     )
     pruner.step()
     _tell_heads(model, pruner.num_heads)
@@ -82,8 +82,9 @@ def _run(model: nn.Module, example: Any) -> None:
     _ = model(**example) if isinstance(example, dict) else model(*example)
 
 
-def _scalar(output: Any) -> Tensor:
-    return (output if isinstance(output, Tensor) else output.logits).sum()
+def _logits(output: Any) -> Tensor:
+    """A tensor with a dimension of channels: torch-pruning 1.6.0 asks a scalar for its second."""
+    return output if isinstance(output, Tensor) else output.logits
 
 
 def _heads(model: nn.Module) -> dict[nn.Module, int]:

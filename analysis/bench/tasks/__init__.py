@@ -1,9 +1,9 @@
-"""The tasks, by name: each a factory of the folder that holds the data."""
+"""The tasks, by name: each a factory of the folder that holds the data and, if not its own, of the length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from ..task import Task
 from .graph import gcn, sage
@@ -13,7 +13,12 @@ from .text import text
 
 __all__ = ["TASKS"]
 
-TASKS: dict[str, Callable[[Path], Task]] = {
+
+class Make(Protocol):
+    def __call__(self, data: Path, steps: int = ...) -> Task: ...
+
+
+TASKS: dict[str, Make] = {
     "text": text,
     "images": images,
     "scratch": scratch,
