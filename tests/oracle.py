@@ -303,6 +303,26 @@ class GroupNormed(nn.Module):
         return self.head(torch.sigmoid(self.each(self.third(x))).mean((2, 3)))
 
 
+class Routed(nn.Module):
+    """Experts in stacked weights, all at work on every token, mixed by a softmax; their load is evened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.router = nn.Linear(3, 4), nn.Linear(4, 5)
+        self.up, self.down = nn.Parameter(torch.randn(5, 4, 6)), nn.Parameter(torch.randn(5, 6, 4))
+        self.bias = nn.Parameter(torch.randn(5, 1, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        p = torch.softmax(self.router(x) / 2, -1)
+        hidden = torch.tanh(x.flatten(0, 1) @ self.up)
+        given = (hidden @ self.down + self.bias) * p.flatten(0, 1).t().unsqueeze(-1)
+        mixed = given.sum(0).view(x.shape)
+        load = p.mean((0, 1)).square().sum()
+        return self.head(x + mixed).mean(1) + torch.stack([load, -load, load * 0])
+
+
 Specification = list[tuple[str, int, list[tuple[str, int]], list[tuple[str, int]]]]
 
 
@@ -451,6 +471,7 @@ SHAPES = {
     "twice": (4,),
     "normed": (4, 3),
     "group_normed": (2, 4, 4),
+    "routed": (4, 3),
 }
 NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
@@ -461,6 +482,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "twice": Twice,
     "normed": Normed,
     "group_normed": GroupNormed,
+    "routed": Routed,
 }
 
 

@@ -71,7 +71,7 @@ class Layouts:
         pays = recompile_pays(
             problem, problem.fraction(resource, held), problem.fraction(resource, then), left
         )
-        most = COMPILED - bool(problem.structure.norms)
+        most = COMPILED - bool(problem.structure.norms or problem.structure.routers)
         if self.admits(then, progress(problem, widths_of(masks)), pays, most):
             return compact
         return False if held == problem.structure.sizes else None

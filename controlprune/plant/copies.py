@@ -76,5 +76,5 @@ def fill_in(plant: BasePlant, model: nn.Module) -> None:
     for name, dense in dense_copies(plant, model).items():
         set_data(tensors[name], dense)
     set_sizes(model, plant.structure, None)
-    count_live(model, plant.structure.norms, None)
+    count_live(model, plant.structure, None)
     drop_caches(model)

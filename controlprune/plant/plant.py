@@ -136,8 +136,8 @@ class Plant(BasePlant):
                 widths = widths_of(masks) if compact else self.structure.sizes
                 set_sizes(self.model, self.structure, widths)
             if changed:
-                undo.callback(count_live, self.model, self.structure.norms, self._heard)
-                count_live(self.model, self.structure.norms, None if compact else masks)
+                undo.callback(count_live, self.model, self.structure, self._heard)
+                count_live(self.model, self.structure, None if compact else masks)
                 drop_caches(self.model)
             skip(self.model, branches, masks if compact else None)
             self._set(masks, compact, tensors)

@@ -192,7 +192,7 @@ class ShardedPlant(Plant):
         """All tensors have their new sizes: so has what is known of them."""
         widths = widths_of(masks) if compact else self.structure.sizes
         set_sizes(self.model, self.structure, widths)
-        count_live(self.model, self.structure.norms, None)
+        count_live(self.model, self.structure, None)
         drop_caches(self.model)
         tensors, shards = named_tensors(self.model), self._shards
         shards.take(tensors)

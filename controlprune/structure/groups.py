@@ -31,6 +31,7 @@ __all__ = [
     "Branch",
     "Group",
     "LiveNorm",
+    "LiveRouter",
     "Refusal",
     "Role",
     "SizeAttribute",
@@ -126,6 +127,14 @@ class LiveNorm:
 
 
 @dataclass(frozen=True)
+class LiveRouter:
+    """A linear layer whose outputs are logits of units: masked, those of units that are off are -inf."""
+
+    module: str
+    extent: Extent  # of what it puts out
+
+
+@dataclass(frozen=True)
 class Structure:
     """The model as the rest of the package sees it.
 
@@ -134,8 +143,8 @@ class Structure:
     example inputs in eval mode; `traffic` what each operator of that pass writes, like terms added up;
     `activations` what each operator of a pass in training mode allocates, one entry per tensor, in order;
     `aliases` the extra names of shared tensors -> canonical name; `norms` the modules that count live units;
-    `entries` how many entries of a tensor there are, where units are entries of it (granularity/); `branches`
-    what is skipped as a whole.
+    `routers` those that choose among them; `entries` how many entries of a tensor there are, where units are
+    entries of it (granularity/); `branches` what is skipped as a whole.
     """
 
     groups: tuple[Group, ...]
@@ -148,6 +157,7 @@ class Structure:
     activations: tuple[Work, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     norms: tuple[LiveNorm, ...] = ()
+    routers: tuple[LiveRouter, ...] = ()
     entries: Mapping[str, Extent] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()  # what the model's code asks about widths
     asked: Mapping[Place, int] = field(default_factory=dict)  # where, and how often in a pass

@@ -1,6 +1,7 @@
 """Stand-ins: subclasses that a module of the user's belongs to while units are away, and its own class again.
 
     while masked   a norm takes its statistics over live units only (structure/formula.py)
+                   a router's logits of units that are off are -inf (structure/rules/routing.py)
     while shrunk   nn.MultiheadAttention has heads of their own size (structure/heads.py)
     either         torch's fused encoder layer, which knows neither, is off around them
 
@@ -24,7 +25,7 @@ from .formula import answer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .groups import LiveNorm
+    from .groups import LiveNorm, LiveRouter, Structure
 
 __all__ = ["StandIn", "count_live", "no_fused_layers", "restore", "stand_in"]
 
@@ -44,6 +45,15 @@ class CountsLive(StandIn):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return answer(self, self._formula, x, self._live.to(x.device), gate)
+
+
+class ChoosesLive(StandIn):
+    """A linear layer whose logits of units that are off are -inf: softmax gives them 0, and no gradient."""
+
+    _live: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(~self._live.to(x.device), -torch.inf)
 
 
 class NotFused(StandIn):
@@ -86,23 +96,36 @@ def _revived(own: type[nn.Module], *mixins: type[StandIn]) -> nn.Module:
     return own.__new__(own)
 
 
-def count_live(model: nn.Module, norms: Sequence[LiveNorm], masks: Sequence[Tensor] | None) -> None:
-    """Let the norms take their statistics over what is live under `masks`; None: over all they get."""
-    if not norms:
+def count_live(model: nn.Module, structure: Structure, masks: Sequence[Tensor] | None) -> None:
+    """Let norms and routers go by what is live under `masks`; None: by all they get."""
+    if not structure.norms and not structure.routers:
         return
     modules = dict(model.named_modules())
-    for norm in norms:
-        module = modules[norm.module]
-        live = None if masks is None else keep(norm.extent, masks)
-        if live is None or _whole_groups(live, norm.formula.groups):
-            restore(module, CountsLive)
-            for name in ("_formula", "_live"):
-                vars(module).pop(name, None)
-            continue
-        stand_in(module, CountsLive)
-        device = next((p.device for p in module.parameters()), torch.device("cpu"))
-        vars(module).update(_formula=norm.formula, _live=live.to(device))
+    for norm in structure.norms:
+        live = _live(norm, masks)
+        own = live is None or _whole_groups(live, norm.formula.groups)
+        _stands(modules[norm.module], CountsLive, {} if own else {"_formula": norm.formula, "_live": live})
+    for router in structure.routers:
+        live = _live(router, masks)
+        own = live is None or bool(live.all())
+        _stands(modules[router.module], ChoosesLive, {} if own else {"_live": live})
     no_fused_layers(model)
+
+
+def _live(part: LiveNorm | LiveRouter, masks: Sequence[Tensor] | None) -> Tensor | None:
+    return None if masks is None else keep(part.extent, masks)
+
+
+def _stands(module: nn.Module, mixin: type[StandIn], known: dict[str, Any]) -> None:
+    """The module is a `mixin` that knows this; its own class where that is nothing."""
+    if not known:
+        restore(module, mixin)
+        for name in mixin.__annotations__:
+            vars(module).pop(name, None)
+        return
+    stand_in(module, mixin)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    vars(module).update(known, _live=known["_live"].to(device))
 
 
 def _whole_groups(live: Tensor, groups: int) -> bool:

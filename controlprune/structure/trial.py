@@ -177,11 +177,11 @@ class Trial:
 
 @contextmanager
 def _counting(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -> Iterator[None]:
-    count_live(model, structure.norms, masks)
+    count_live(model, structure, masks)
     try:
         yield
     finally:
-        count_live(model, structure.norms, None)
+        count_live(model, structure, None)
 
 
 def _disturbed(model: nn.Module, structure: Structure, seed: int) -> dict[str, Tensor]:

@@ -231,6 +231,7 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
     refused = [Refusal(g.name, g.size, reasons[n]) for n, g in enumerate(structure.groups) if n in reasons]
     attributes = tuple(replace(a, extent=cut(a.extent)) for a in structure.attributes)
     norms = tuple(replace(n, extent=cut(n.extent)) for n in structure.norms)
+    routers = tuple(replace(r, extent=cut(r.extent)) for r in structure.routers)
     return replace(
         structure,
         groups=groups,
@@ -238,6 +239,7 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
         tensors={name: tuple(cut(extent) for extent in dims) for name, dims in structure.tensors.items()},
         attributes=tuple(a for a in attributes if groups_in(a.extent)),
         norms=tuple(n for n in norms if groups_in(n.extent)),
+        routers=tuple(r for r in routers if groups_in(r.extent)),
         guards=tuple(map(cut_guard, structure.guards)),
         work=cut_work(structure.work),
         traffic=cut_work(structure.traffic),

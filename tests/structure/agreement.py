@@ -49,7 +49,25 @@ def masked_copy(model: nn.Module, structure: Structure, masks: Sequence[Tensor])
         for number in groups_in(norm.extent):
             live &= _live(labels(norm.extent, number), masks[number])
         _count_by_index(out.get_submodule(norm.module), norm.formula.axis, live.nonzero().flatten())
+    for router in structure.routers:
+        live = torch.ones(size(router.extent), dtype=torch.bool)
+        for number in groups_in(router.extent):
+            live &= _live(labels(router.extent, number), masks[number])
+        _lose_by_index(out.get_submodule(router.module), live.nonzero().flatten())
     return out
+
+
+def _lose_by_index(linear: nn.Module, index: Tensor) -> None:
+    """The logits of the live units alone, put where they were; -inf elsewhere."""
+    assert isinstance(linear, nn.Linear)
+    weight, bias = linear.weight.data[index], None if linear.bias is None else linear.bias.data[index]
+
+    def forward(x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, weight, bias)
+        lost = torch.full((*x.shape[:-1], linear.out_features), -torch.inf, dtype=y.dtype)
+        return lost.index_copy(-1, index, y)
+
+    linear.forward = forward  # type: ignore[method-assign]
 
 
 def _count_by_index(norm: nn.Module, axis: int, index: Tensor) -> None:

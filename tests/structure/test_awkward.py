@@ -17,7 +17,7 @@ from .agreement import disagreement, random_masks, run, shrunk_copy
 from .models import CASES
 
 WRITTEN = (  # a size, or the width itself, is in the code
-    *("heads_by_shape", "dense", "auxiliary_written"),
+    *("heads_by_shape", "dense", "auxiliary_written", "dynamic_weights"),
     *("fixed_filter", "maxout_written", "scaled_by_width", "added_where_it_fits", "alone_is_apart"),
 )
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")

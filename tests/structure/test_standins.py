@@ -33,14 +33,18 @@ def test_norms_over_what_is_masked_count_what_is_live() -> None:
     assert not stand_ins(plant.model), "whole groups have statistics of their own"
 
 
+@pytest.mark.parametrize("net", ["normed", "routed"])
 @pytest.mark.parametrize("way", ["compact", "release", "harden"])
-def test_own_classes_and_attributes_come_back(way: str) -> None:
-    model, structure, _, _ = oracle.make("normed", 0)
+def test_own_classes_and_attributes_come_back(net: str, way: str) -> None:
+    model, structure, _, _ = oracle.make(net, 0)
     before = {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
     plant = Plant(model, None, structure)
     plant.apply([torch.arange(n) > 0 for n in structure.sizes], compact=False)
-    assert stand_ins(model) == ["first", "second", "last"]
-    assert type(model.get_submodule("first")).__name__ == "LayerNorm"
+    inside, kind = {"normed": (["first", "second", "last"], "LayerNorm"), "routed": (["router"], "Linear")}[
+        net
+    ]
+    assert stand_ins(model) == inside
+    assert type(model.get_submodule(inside[0])).__name__ == kind
     keys = list(model.state_dict())
     if way == "compact":
         plant.apply(plant.masks, compact=True)
@@ -50,9 +54,10 @@ def test_own_classes_and_attributes_come_back(way: str) -> None:
     assert list(model.state_dict()) == keys
 
 
+@pytest.mark.parametrize("net", ["normed", "routed"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_a_copy_computes_what_the_masked_model_does_and_stays_when_that_changes(way: str) -> None:
-    plant, x = masked("normed")
+def test_a_copy_computes_what_the_masked_model_does_and_stays_when_that_changes(net: str, way: str) -> None:
+    plant, x = masked(net)
     y = plant.model(x)
     if way == "deepcopy":
         twin = copy.deepcopy(plant.model)
@@ -61,7 +66,7 @@ def test_a_copy_computes_what_the_masked_model_does_and_stays_when_that_changes(
         torch.save(plant.model, file)
         file.seek(0)
         twin = torch.load(file, weights_only=False)
-    assert isinstance(twin.first, nn.LayerNorm)
+    assert stand_ins(twin) == stand_ins(plant.model) != []
     plant.release()
     assert torch.equal(twin(x), y)
     assert not torch.allclose(plant.model(x), y)
@@ -74,8 +79,9 @@ def test_a_plant_on_a_copy_of_a_masked_model_gives_the_copy_its_own_classes_back
     assert not stand_ins(other.model)
 
 
-def test_masks_compile_once_and_are_never_missed() -> None:
-    plant, x = masked("normed")
+@pytest.mark.parametrize("net", ["normed", "routed"])
+def test_masks_compile_once_and_are_never_missed(net: str) -> None:
+    plant, x = masked(net)
     plant.release()
     graphs = []
 

@@ -203,7 +203,7 @@ def trilinear(tape: Tape, call: Call) -> list[Dims]:
     out: Dims = []
     for place, column in enumerate(columns):
         axis = tape.unify(*(dim.axis for dim in column))
-        reader = next((dim for dim in column if dim.sources), None)
+        reader = next((dim for dim in column if dim.parameters), None)
         if place not in call.integers("sumdim"):
             out.append(Dim(axis))
         elif reader is None:

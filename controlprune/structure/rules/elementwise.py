@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..tape.axes import Axis
 from ..tape.tape import Call, Dim, Dims, Entry, Tape
+from .routing import still_lost
 from .table import fresh, rule
 
 __all__ = ["elementwise"]
@@ -69,7 +70,7 @@ def elementwise(tape: Tape, call: Call) -> list[Dims]:
             out.extend([present[0] if len(inputs) == 1 and present else _new(size)])
             continue
         axis = tape.unify(*(dim.axis for dim in present))
-        out.append(Dim(axis, _sources(call, column)))
+        out.append(Dim(axis, _sources(call, column), still_lost(call, column)))
     return [list(out) if output.shape == shape else fresh(output.shape) for output in call.outputs]
 
 

@@ -66,13 +66,25 @@ def reduction(tape: Tape, call: Call) -> list[Dims]:
 
         return elementwise(tape, call)
     name = call.name.rpartition("::")[2]
-    return [
-        [dim.plain for dim in reduced(tape, call, f"its units are reduced to one number ({name})")]
-    ] * len(call.outputs)
+    left = reduced(tape, call, f"its units are reduced to one number ({name})")
+    if name == "mean":  # of zeros
+        return [left]
+    return [[dim.plain for dim in left]] * len(call.outputs)
 
 
-@rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
+@rule("_softmax", "softmax", "_safe_softmax")
 def softmax(tape: Tape, call: Call) -> list[Dims]:
+    """Of logits that can be -inf, those are 0 in it, and the others what they would be without them."""
+    old, d = call.dims("self"), call.integer("dim")
+    if old and old[d].logits:
+        dims = [dim.plain for dim in old]
+        dims[d] = Dim(old[d].axis, frozenset({tape.routes(old[d])}))
+        return [dims]
+    return log_softmax(tape, call)
+
+
+@rule("_log_softmax", "log_softmax")
+def log_softmax(tape: Tape, call: Call) -> list[Dims]:
     return _along(tape, call, "softmax runs over its units: with one off, the others would weigh more")
 
 

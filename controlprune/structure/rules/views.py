@@ -37,6 +37,9 @@ def reshape_dims(tape: Tape, old: Dims, sizes: Sequence[int]) -> Dims:
                 taken.append(olds.pop(0))
             else:
                 wanted.append(news.pop(0))
+        if [dim.size for dim in taken] == wanted:
+            out.extend(taken)
+            continue
         sources = frozenset[tuple[str, int]]().union(*(dim.sources for dim in taken))
         out.extend(Dim(axis, sources) for axis in tape.regroup([dim.axis for dim in taken], wanted))
     return [out.pop(0) if size > 1 else Dim(Axis(1)) for size in sizes]

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, TypeGuard
 from torch import Tensor, nn
 
 from .axes import Axis
-from .reading import SizeReader, argument, has_seen
+from .reading import SizeReader, argument, has_seen, seen_numbers
 from .seen import Attribute, Computed, Key, Seen, SeenInt, Size, Term, fit, give, plain
 from .tape import Tape
 
@@ -34,6 +34,11 @@ OWN_SIZES = {  # of torch's own modules
     *("num_features", "num_channels", "num_groups", "num_parameters", "embedding_dim", "embed_dim"),
     *("num_heads", "kdim", "vdim", "d_model", "input_size", "hidden_size", "proj_size", "normalized_shape"),
 }
+ARITHMETIC = frozenset(  # of a tensor and a number, which is on the right of it, or on the left, or in place
+    letter + name
+    for letter in ("", "r", "i")
+    for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "divide", "multiply", "pow")
+)
 PLAIN: Any = SeenInt
 
 
@@ -143,7 +148,10 @@ class SizeWatcher(SizeReader):
         self.tape.given = func is Tensor.__getitem__ and _bounded(args[1])
         result = super().called(func, args, kwargs)
         self.tape.given = False
-        watch = WATCHED.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        if name.strip("_") in ARITHMETIC:
+            self.tape.numbers += [number.term for number in seen_numbers((args, tuple(kwargs.values())))]
+        watch = WATCHED.get(name)
         if watch is not None:
             self._learn(watch, args, kwargs, result)
         return result

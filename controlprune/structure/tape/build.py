@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from ..extents import Concat, Extent, Fixed, Product, Units, groups_in
-from ..groups import Group, LiveNorm, Refusal, Role, SizeAttribute, Slice, Structure, Work
+from ..groups import Group, LiveNorm, LiveRouter, Refusal, Role, SizeAttribute, Slice, Structure, Work
 from ..guards import Guard, Quantity, Reckoned, groups_of
 from .axes import Axis, factors_of, leaves, parts_of, pin
 from .seen import Attribute, Computed, Size, Term
@@ -20,6 +20,7 @@ from .tape import MEET, Source, Tape, TracedWork
 
 __all__ = ["ALIGNED", "build"]
 
+COMPUTED = "softmax runs over its units, and how many there are is a number that tensors are computed with"
 ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 
 
@@ -29,6 +30,7 @@ def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
         for axis in tape.tensors[name]:
             pin(axis, "in ignored_layers")
     _pin_repeated(tape)
+    _pin_unfit(tape)
     _pin_unread(tape)
     read = _sources_by_leaf(tape.reads_by_source())
     places = _places(tape)
@@ -84,10 +86,34 @@ def _pin_repeated(tape: Tape) -> None:
             visit(axis)
 
 
+def _pin_unfit(tape: Tape) -> None:
+    """Units whose logits are used where -inf would do harm."""
+    computed = {leaf for term in tape.numbers for axis in _axes_of(tape, term) for leaf in leaves(axis)}
+    for module, axis in tape.routers.items():
+        if module in tape.unfit:
+            pin(axis, tape.unfit[module])
+        elif computed.intersection(leaves(axis)):
+            pin(axis, COMPUTED)
+
+
+def _axes_of(tape: Tape, term: Term) -> list[Axis]:
+    """The axes that a number is computed from."""
+    match term:
+        case Size(axis):
+            return [axis]
+        case Attribute(key, value):
+            axis = tape.attributes.get(key)
+            return [axis] if axis is not None and axis.size == value else []
+        case Computed(_, terms):
+            return [axis for inner in terms for axis in _axes_of(tape, inner)]
+        case _:
+            return []
+
+
 def _pin_unread(tape: Tape) -> None:
     """Every leaf of a contracted axis must stand in a parameter dimension that is contracted there."""
     for event in tape.reads:
-        covered = {leaf for name, d in event.sources for leaf in leaves(tape.tensors[name][d])}
+        covered = {leaf for source in event.sources for leaf in leaves(tape.covered(source))}
         for leaf in leaves(event.axis):
             if leaf not in covered:
                 pin(leaf, MEET)
@@ -136,7 +162,7 @@ def _structure(
 ) -> Structure:
     tensors = {n: tuple(_extent(axis, numbers) for axis in dims) for n, dims in tape.tensors.items()}
     names: Counter[str] = Counter()
-    aligned = _aligned(tape)
+    aligned, chosen = _aligned(tape), {leaf for axis in tape.routers.values() for leaf in leaves(axis)}
     kinds = dict(tape.model.named_modules())
     wide = {n for n, dims in tensors.items() if len(dims) > 1}
     groups = []
@@ -146,6 +172,7 @@ def _structure(
             role: Role = "reader" if (tensor, d) in read.get(leaf, ()) else "producer"
             slices.append(Slice(tensor, d, tensors[tensor][d], role))
         name, kind = _name(slices, numbers[leaf], kinds, wide)
+        kind = "expert" if leaf in chosen else kind
         names[name] += 1
         name = name if names[name] == 1 else f"{name}:{names[name]}"
         groups.append(Group(name, leaf.size, kind, tuple(slices), ALIGNED if leaf in aligned else 1))
@@ -164,6 +191,11 @@ def _structure(
         for module, axis in tape.counted.items()
         if groups_in(extent := _extent(axis, numbers))
     )
+    routers = tuple(
+        LiveRouter(module, extent)
+        for module, axis in tape.routers.items()
+        if groups_in(extent := _extent(axis, numbers))
+    )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
     refused = _refusals(places, read, parameters)
     return Structure(
@@ -177,6 +209,7 @@ def _structure(
         activations=tuple(activations),
         aliases=dict(tape.aliases),
         norms=norms,
+        routers=routers,
         guards=_guards(tape, numbers),
         asked=dict(tape.asked),
     )

@@ -6,6 +6,9 @@ the parameter dimensions it is a plain view of. Zero index i of a source and the
     contraction over an axis with sources   ->  a *reader*: zeroing its columns removes the unit exactly
     contraction over an axis without        ->  two activations meet: the axis is pinned
 
+A dimension may also be the *logits* that a linear layer gives to units (rules/routing.py). Softmax over them
+is 0 for a unit whose logit is told to be -inf: such a layer is a source too, (its name, OFF).
+
 `Tape` holds the facts; the rules (`rules_*.py`) write them, `structure/tape/build.py` reads them.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -25,14 +28,15 @@ from ..formula import Formula
 from ..guards import Place
 from ..tape import axes
 from .axes import Axis, Misfit
-from .seen import Question
+from .seen import Question, Term
 
-__all__ = ["MEET", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
+__all__ = ["MEET", "OFF", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
 
 MEET = "two activations are multiplied and summed over it (as queries and keys are)"
 
 T = TypeVar("T")
-Source: TypeAlias = tuple[str, int]  # (parameter name, dimension)
+OFF = -1
+Source: TypeAlias = tuple[str, int]  # (parameter name, dimension), or (router's name, OFF)
 UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
 
 
@@ -42,6 +46,7 @@ class Dim:
 
     axis: Axis
     sources: frozenset[Source] = frozenset()
+    logits: str = ""  # the module that gives them, where units that are off may be -inf
 
     @property
     def size(self) -> int:
@@ -51,6 +56,11 @@ class Dim:
     def plain(self) -> Dim:
         """The same index space, no longer a view of parameters."""
         return Dim(self.axis)
+
+    @property
+    def parameters(self) -> frozenset[Source]:
+        """The sources that are dimensions of parameters."""
+        return frozenset(source for source in self.sources if source[1] != OFF)
 
 
 Dims: TypeAlias = "list[Dim]"
@@ -136,10 +146,13 @@ class Tape:
     activations: list[TracedWork] = field(default_factory=list)
     attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
+    routers: dict[str, Axis] = field(default_factory=dict)  # modules whose logits must be able to lose
+    unfit: dict[str, str] = field(default_factory=dict)  # modules whose logits must not be -inf, and why
     norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
     aligned: list[Axis] = field(default_factory=list)  # lengths of rows that a kernel wants in its steps
     counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
     questions: list[Question] = field(default_factory=list)  # what the model's code asked about sizes
+    numbers: list[Term] = field(default_factory=list)  # that tensors were multiplied with, and the like
     asked: Counter[Place] = field(default_factory=Counter)  # where, and how often in one pass
     given: bool = False  # the bounds of the slice that is taken are numbers that modules keep
     where: str = ""
@@ -212,6 +225,10 @@ class Tape:
         if id(tensor) not in self._owners:
             self._entries[tensor] = Entry(dims, weight, list(pending))
 
+    def alive(self) -> Iterable[Dim]:
+        """The dimensions of all tensors that are still there."""
+        return [dim for entry in self._entries.values() for dim in entry.dims]
+
     def owned(self, tensor: Tensor) -> bool:
         """Is it a parameter or buffer of the model?"""
         return id(tensor) in self._owners
@@ -234,6 +251,22 @@ class Tape:
 
     def _placed(self, reason: str) -> str:
         return reason + (f" (in {self.where})" if reason and self.where else "")
+
+    def gives_logits(self, tensor: Tensor, module: str) -> None:
+        """The last dimension is what a linear layer gives out."""
+        known = self._entries.get(tensor)
+        if known is not None and known.dims:
+            known.dims = [*known.dims[:-1], replace(known.dims[-1], logits=module)]
+
+    def routes(self, logits: Dim) -> Source:
+        """Units of it may be told to lose: the source of what softmax makes of it."""
+        self.routers[logits.logits] = logits.axis
+        return logits.logits, OFF
+
+    def covered(self, source: Source) -> Axis:
+        """The axis that is zero where the source is."""
+        name, dim = source
+        return self.routers[name] if dim == OFF else self.tensors[name][dim]
 
     def statistics(self, axis: Axis, reason: str, channels: Axis | None = None) -> None:
         """The operator reduces over `axis`: the statistics of a norm (its channels: `channels`), or a pin."""
@@ -274,12 +307,15 @@ class Tape:
         """The product of two tensors is summed over this dimension of both."""
         axis = self.unify(left.axis, right.axis)
         order = (left, right) if weight_first else (right, left)
-        reader = next((dim for dim in order if dim.sources), None)
-        self._contracted = left.sources | right.sources
-        if reader is None:
+        reader = next((dim for dim in order if dim.parameters), None)
+        self._contracted = left.parameters | right.parameters
+        known = frozenset(source for dim in order for source in dim.sources - dim.parameters)
+        if reader is not None:
+            known |= reader.sources
+        if known:
+            self.reads.append(Read(axis, known))
+        else:
             self.pin(axis, MEET)
-            return axis
-        self.reads.append(Read(axis, reader.sources))
         return axis
 
     def count(self, operator: str, coefficient: int, *factors: Axis) -> None:

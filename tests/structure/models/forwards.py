@@ -68,6 +68,14 @@ class SoftUnits(nn.Module):
         return self.out(self.second(self.first(x).softmax(-1)).relu())
 
 
+class SoftWritten(SoftUnits):
+    """The linear layer is no module that could be told which units are off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = nn.functional.linear(x, self.first.weight, self.first.bias)
+        return self.out(self.second(logits.softmax(-1)).relu())
+
+
 class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +176,8 @@ CASES: Cases = {
     "function_norm": (FunctionNorm, VECTOR, [12]),
     "rms_norm": (RootMeanSquare, VECTOR, [12]),
     "group_norm": (Grouped, (2, 3, 8, 8), [3, 4]),
-    "softmax_units": (SoftUnits, VECTOR, [6]),
+    "softmax_units": (SoftUnits, VECTOR, [6, 8]),
+    "softmax_written": (SoftWritten, VECTOR, [6]),
     "checkpoint": (Checkpointed, VECTOR, [6, 8]),
     "unknown_operator": (Unknown, VECTOR, [6]),
     "auxiliary_head": (AuxiliaryHead, VECTOR, [8]),
