@@ -6,8 +6,8 @@
 V_g(n) is the sum of the n largest values of group g (loss), C_k a polynomial in the widths (FLOPs,
 elements, …), λ_k a given price (loss per unit of the resource), r_k a limit (inf: none). A predicted
 value below zero is noise about zero and counts as zero; ties go to the wider net, so that at λ = 0 a
-limit is filled. An active unit's value counts (1 + hysteresis) times; a held unit keeps its state, and
-holds give way where they leave no feasible widths.
+limit is filled. An active unit's value counts (1 + hysteresis) times; a held unit keeps its state (active
+ones: at a price, as a limit may need their cost).
 
 Costs are multilinear, so units are not independent: every move is judged by the cost at the widths where it
 is made. The search (allocate/search.py) solves the first-order condition, then takes width steps greedily
@@ -98,7 +98,6 @@ class Solution:
     prices: NDArray[np.float64]  # given price + shadow price of the limit
     objective: float
     ranges: tuple[tuple[float, float], ...]  # (least, dense) of every cost
-    relaxed: bool = False  # the holds had to give way
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +114,7 @@ def solve(tradeoff: Tradeoff) -> Solution:
     ranges = require_feasible(
         tradeoff.costs, tradeoff.limits, tradeoff.floors, tradeoff.sizes, tradeoff.resources
     )
-    groups = [_ordered(tradeoff, g, tradeoff.held is not None) for g in range(len(tradeoff.values))]
-    narrowest = [group.rungs[0] for group in groups]
-    relaxed = any(c.value(narrowest) > r for c, r in zip(tradeoff.costs, tradeoff.limits, strict=True))
-    if relaxed:
-        groups = [_ordered(tradeoff, g, False) for g in range(len(tradeoff.values))]
+    groups = [_ordered(tradeoff, g) for g in range(len(tradeoff.values))]
     space = Space.of(
         ladders=[group.rungs for group in groups],
         curves=[group.worth for group in groups],
@@ -144,16 +139,15 @@ def solve(tradeoff: Tradeoff) -> Solution:
         prices=tradeoff.prices + _shadow_prices(space, at),
         objective=kept - float(tradeoff.prices @ costs),
         ranges=ranges,
-        relaxed=relaxed,
     )
 
 
-def _ordered(tradeoff: Tradeoff, g: int, hold: bool) -> _Ordered:
+def _ordered(tradeoff: Tradeoff, g: int) -> _Ordered:
     """Units of group g by value, and the widths that holds leave open (holds give way to the ladder)."""
     size = len(tradeoff.values[g])
     nobody = np.zeros(size, dtype=bool)
     active = ~nobody if tradeoff.masks is None else np.asarray(tradeoff.masks[g], bool)
-    held = np.asarray(tradeoff.held[g], bool) if hold and tradeoff.held is not None else nobody
+    held = nobody if tradeoff.held is None else np.asarray(tradeoff.held[g], bool)
     value = np.maximum(tradeoff.values[g], 0) * np.where(active, 1 + tradeoff.hysteresis, 1.0)
     place = np.where(held, np.where(active, 0, 2), 1)
     order = np.lexsort((~active, -tradeoff.values[g], -value, place))

@@ -106,11 +106,12 @@ def test_greedy_is_close_to_brute_force(seed: int, monkeypatch: pytest.MonkeyPat
 @settings(max_examples=40, deadline=None)
 @given(sizes_strategy, st.integers(0, 10**6), st.floats(0.02, 1.0), st.integers(1, 16), st.data())
 def test_always_feasible_and_consistent(sizes, seed, fraction, step, data) -> None:
-    """Whatever is held, active or dormant; masks have the widths, widths are allowed, limits hold."""
+    """Whatever dormant units are held; masks have the widths, widths are allowed, limits hold."""
     rng = np.random.default_rng(seed)
     values = tuple(v - 0.3 for v in random_values(sizes, seed))
     masks = tuple(rng.random(n) < 0.6 for n in sizes)
-    held = tuple(rng.random(n) < data.draw(st.sampled_from([0.0, 0.4, 1.0])) for n in sizes)
+    shares = [data.draw(st.sampled_from([0.0, 0.4, 1.0])) for _ in sizes]
+    held = tuple(~m & (rng.random(len(m)) < share) for m, share in zip(masks, shares, strict=True))
     p = problem(sizes, values, fraction, step, masks=masks, held=held, hysteresis=0.1)
     if p.costs[0].value(p.floors) > p.limits[0]:
         with pytest.raises(InfeasibleBudget):
@@ -178,16 +179,16 @@ def test_dormant_units_return_when_they_are_worth_it() -> None:
     assert solve(p).masks[0].tolist() == [True, False, True, False]
 
 
-def test_holds_and_when_they_give_way() -> None:
+def test_held_units_keep_their_state() -> None:
     values = (np.array([1.0, 2.0, 3.0, 4.0]),)
     current = (np.array([True, True, False, False]),)
     everything = (np.ones(4, bool),)
-    held = solve(problem((4,), values, 1.0, masks=current, held=everything))
-    assert held.masks[0].tolist() == [True, True, False, False]
-    assert not held.relaxed
-    tight = solve(problem((4,), values, 0.25, masks=current, held=everything))
-    assert tight.masks[0].tolist() == [False, False, False, True]
-    assert tight.relaxed
+    for price in (0.0, 100.0):
+        held = solve(problem((4,), values, INF, price=price, masks=current, held=everything))
+        assert held.masks[0].tolist() == [True, True, False, False]
+    dormant = (~current[0],)
+    tight = solve(problem((4,), values, 0.25, masks=current, held=dormant))
+    assert tight.masks[0].tolist() == [False, True, False, False]
 
 
 def test_negative_values_count_as_zero() -> None:

@@ -48,7 +48,7 @@ def run(net: str, optimizer: str, layout: str, total_steps: int) -> Rig:
 @pytest.mark.parametrize("layout", ["masked", "compact"])
 @pytest.mark.parametrize(
     ("net", "optimizer", "half", "orders"),
-    [("mlp", "adamw", 100, ORDERS[:1]), ("mlp", "sgd", 44, ORDERS), ("residual", "adam", 40, ORDERS[3:4])],
+    [("mlp", "adamw", 100, ORDERS[:1]), ("mlp", "sgd", 44, ORDERS), ("residual", "adam", 50, ORDERS[3:4])],
 )
 def test_a_hundred_and_a_hundred_are_two_hundred(
     net: str, optimizer: str, half: int, orders: list[tuple[str, ...]], layout: str

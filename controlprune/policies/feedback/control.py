@@ -16,8 +16,7 @@ tracks it (back-calculation: a bumpless start), and takes over where the price i
 last word and the net the rest of the run to heal.
 
 Which units stay, and how many of each group, is one question: those of most worth per cost over all groups
-together, near uniform where nothing tells the units of a group apart (saliency/worth.py). At the budget few
-units move at a time (allocate/limits.py).
+together, near uniform where nothing tells the units of a group apart (saliency/worth.py).
 
 The cut is made in stages. The net shrinks at the first one after which the time saved over the steps that are
 left outweighs the copying, and stays compact through the later ones. At the
@@ -78,9 +77,9 @@ class Control(Policy):
     it. `update_every`, `observe_every`: steps between decisions, between observations. `revise_every`:
     updates between revisions of the masks at the budget, at least; 0: never. `looks`: share of the run's
     compute that looks at absent units may take; 0: none. `dwell`: updates that a switched unit keeps its
-    state. `hysteresis`: by how much a newcomer must be worth more than a unit that is on. `freeze`:
-    fraction of the run after which masks hold. `shrink=False`: masks only. `invert=False`: the price steers
-    and not the limit, set by `regulator`, "auto" or a `PI`.
+    state where a price decides. `hysteresis`: by how much a newcomer must be worth more than a unit that is
+    on. `freeze`: fraction of the run after which masks hold. `shrink=False`: masks only. `invert=False`: the
+    price steers and not the limit, set by `regulator`, "auto" or a `PI`.
     """
 
     plan: Plan | Horizon = field(default_factory=Plan)
@@ -282,8 +281,6 @@ class ControlLoop(Policy):
         reference = dict(self.problem.budget)
         if self.reference.met(widths_of(seen.masks)):
             return Decision(seen.masks, True, reference, self._price())
-        self.units.let_go()  # no dwell, no slew: the budget comes first
-        self.reference.at_budget = False
         solution = self._solve(seen, self.reference.modelled(reference), exact=True)
         self._regulate(reference, solution, exact=True)
         return self._answer(self.problem.total_steps, seen.masks, False, reference, solution)
@@ -317,20 +314,18 @@ class ControlLoop(Policy):
     def _solve(self, seen: Observation, limits: Mapping[str, float], *, exact: bool) -> Solution:
         """The trade-off under the modelled limits (`exact`), or under the price alone."""
         problem, control = self.problem, self.control
-        even = uniform_under(problem, limits)
         known = self.statistics(seen)
         values = tuple(v.numpy() for v in self.units.split(self._values(known).double()))
         costs = [float(c.sum()) for c in self.units.split(known.cost)]
         worth = weighed(values, costs, self.units.plasticity(known.weight, known.on))
         if not exact:
-            self.prices.follow(margin_price(problem, worth, even))
+            self.prices.follow(margin_price(problem, worth, uniform_under(problem, limits)))
         stand = Stand(
             masks=seen.masks,
             young=self.units.split(self.units.age < control.dwell),
-            at_budget=self.reference.at_budget,
             hysteresis=control.hysteresis,
         )
-        return allocate(problem, worth, even, stand, limits if exact else {}, {} if exact else self._price())
+        return allocate(problem, worth, stand, limits if exact else {}, {} if exact else self._price())
 
     def _answer(
         self,

@@ -13,8 +13,9 @@ relative price p, about 1, for what the values know better.
 margin of `LATE` updates), identifies e_{t+1} = a e_t + b u_{t+1} + c, u = log p, from what the price does to
 e = y − r (price/identify.py; of y itself the feed-forward's share would be taken for a slow pole) and
 designs the gains anew every `REDESIGN` updates (price/design.py); `describe` says what it chose and why.
-Masks move by limited steps (slew, dwell), which looks like a small gain or a slow plant while the price runs:
-so the price is limited in its rate, a gain is believed only near the prior, and a pole only if it is quick.
+Masks move by limited steps (dwell, few come back at once), which looks like a small gain or a slow plant
+while the price runs: so the price is limited in its rate, a gain is believed only near the prior, and a pole
+only if it is quick.
 """
 
 from __future__ import annotations

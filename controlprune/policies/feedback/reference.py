@@ -53,7 +53,6 @@ class Reference:
     def __init__(self, plan: Plan | Horizon, stages: int, observer: Observer, problem: Problem) -> None:
         self.stages, self.observer, self.problem = stages, observer, problem
         self.level = 1.0  # position of the staged reference
-        self.at_budget = False  # was the budget reached before this update?
         self._given = plan if isinstance(plan, Plan) else plan.towards(problem.budget.values())
         self._factor = 1.0  # on the times of the plan
         self._plan: PlanState | HorizonState = plan.init()
@@ -114,7 +113,6 @@ class Reference:
         self._plan = _update(plan, self._plan, progress, trend, stability)
         stage = 1.0 / self.stages
         position = np.ceil(self._plan.level / stage - 1e-9) * stage
-        self.at_budget = self.level == 0.0
         self.level = min(self.level, float(position))
 
     def _late(self, progress: float) -> bool:
@@ -242,7 +240,6 @@ class Reference:
     def state_dict(self) -> dict[str, Any]:
         return {
             "level": self.level,
-            "at_budget": self.at_budget,
             "factor": self._factor,
             "plan": pack(self._plan),
             "scales": {name: pack(state) for name, state in self._scales.items()},
@@ -253,7 +250,7 @@ class Reference:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.level, self.at_budget = float(state["level"]), bool(state["at_budget"])
+        self.level = float(state["level"])
         if not 0.0 <= self.level <= 1.0:
             raise ValueError(f"reference: level={self.level} is not from 0 to 1")
         self._factor = float(state["factor"])

@@ -120,10 +120,6 @@ class UnitRecord:
     def grow_older(self) -> None:
         self.age = (self.age + 1).clamp_max(OLD)
 
-    def let_go(self) -> None:
-        """Every unit may be switched, however young."""
-        self.age.fill_(OLD)
-
     def decided(self, was: Tensor, now: Tensor) -> None:
         """The masks of an update are known."""
         self.age = self.age.masked_fill(was != now, 0)

@@ -155,9 +155,10 @@ def test_dormant_units_that_promise_more_come_back() -> None:
     assert answer(loop, 4, masks).masks[0][dormant].all()
 
 
-def test_a_unit_that_moved_dwells() -> None:
+def longing(budget: Budget | Price) -> tuple[ControlLoop, tuple[Tensor, ...], Tensor]:
+    """A loop that has just switched units off which now promise more than any other; masks, and which."""
     control = replace(QUICK, plan=AT_ONCE, revise_every=1, dwell=3, update_every=4, learned=False)
-    loop = control.begin(problem(total_steps=1000))
+    loop = control.begin(problem(budget, total_steps=1000))
     seen(loop, useful(*range(12), *range(32, 44)))
     masks = answer(loop, 4, ones()).masks
     off = torch.nonzero(~torch.cat(masks)).flatten()
@@ -165,10 +166,22 @@ def test_a_unit_that_moved_dwells() -> None:
     gradient[off] = -0.5
     for _ in range(200):
         loop.sees(Observation(3, 1.0, gradient))
+    return loop, masks, off
+
+
+def test_at_a_price_a_unit_that_moved_dwells_and_few_come_back_at_once() -> None:
+    loop, masks, off = longing(Price(flops=1.0))
     for step in (8, 12):
-        again = answer(loop, step, masks).masks
-        assert not torch.cat(again)[off].any()
-    assert torch.cat(answer(loop, 16, masks).masks)[off].any()
+        assert not torch.cat(answer(loop, step, masks).masks)[off].any()
+    back = answer(loop, 16, masks).masks
+    came = [int((now & ~was).sum()) for was, now in zip(masks, back, strict=True)]
+    assert 0 < sum(came) < len(off)
+    assert all(n <= size // 16 for n, size in zip(came, SIZES, strict=True))
+
+
+def test_under_a_budget_any_unit_may_move_at_any_update() -> None:
+    loop, masks, off = longing(Budget(flops=0.5))
+    assert torch.cat(answer(loop, 8, masks).masks)[off].sum() > len(off) / 2
 
 
 def test_finalize_enforces_the_budget_and_keeps_masks_that_meet_it() -> None:
