@@ -323,6 +323,37 @@ class Routed(nn.Module):
         return self.head(x + mixed).mean(1) + torch.stack([load, -load, load * 0])
 
 
+class Picking(nn.Module):
+    """A router that picks two experts of five, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = nn.functional.linear(x, self.weight)
+        top, picked = torch.topk(torch.softmax(logits, -1), 2, -1)
+        return top / top.sum(-1, keepdim=True), picked
+
+
+class Picked(nn.Module):
+    """Experts in stacked weights, taken out by index for each token that they were picked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.inner, self.head = Picking(), nn.Linear(4, 6), nn.Linear(4, 3)
+        self.up, self.down = nn.Parameter(torch.randn(5, 4, 8)), nn.Parameter(torch.randn(5, 8, 4))
+        self.bias, self.after = nn.Parameter(torch.randn(5, 4)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weights, picked = self.router(flat)
+        hidden = torch.tanh(flat.repeat_interleave(2, 0).unsqueeze(1) @ self.up[picked.flatten()])
+        given = (hidden @ self.down[picked.flatten()]).squeeze(1) + self.bias[picked.flatten()]
+        mixed = (given.view(len(flat), 2, -1) * weights.unsqueeze(-1)).sum(1).view(x.shape)
+        return self.head(x + mixed + self.after(torch.tanh(self.inner(x)))).mean(1)
+
+
 Specification = list[tuple[str, int, list[tuple[str, int]], list[tuple[str, int]]]]
 
 
@@ -472,6 +503,7 @@ SHAPES = {
     "normed": (4, 3),
     "group_normed": (2, 4, 4),
     "routed": (4, 3),
+    "picked": (4, 4),
 }
 NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": Mlp,
@@ -483,6 +515,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "normed": Normed,
     "group_normed": GroupNormed,
     "routed": Routed,
+    "picked": Picked,
 }
 
 

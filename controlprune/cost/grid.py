@@ -152,7 +152,7 @@ class Steps:
         said = [
             (g.step, g.step if g.least else g.multiple, 0 if g.optional else g.least or g.step)
             if g.step
-            else (step, grain, floor)
+            else (step, grain, max(floor, g.least))
             for g, step, grain, floor in rows
         ]
         return Steps(*(tuple(column) for column in zip(*said, strict=True))) if said else self

@@ -33,7 +33,12 @@ def checked(masks: Sequence[Tensor], structure: Structure) -> Masks:
             raise ValueError(f"masks: {group.name!r} has shape {tuple(mask.shape)}, not ({group.size},)")
         if not mask.any() and not group.optional:
             raise ValueError(f"masks: {group.name!r} has no active unit; leave at least one")
-        if (live := int(mask.sum())) % group.multiple and live < group.size:
+        if (live := int(mask.sum())) < group.least:
+            raise ValueError(
+                f"masks: {group.name!r} has {live} active units; the model's code takes "
+                f"{group.least} at least"
+            )
+        if live % group.multiple and live < group.size:
             raise ValueError(
                 f"masks: {group.name!r} has {live} active units; the model's code takes multiples of "
                 f"{group.multiple}, or all {group.size}"

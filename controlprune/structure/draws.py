@@ -53,12 +53,17 @@ def at(structure: Structure, seed: int, widths: Mapping[int, int]) -> list[Tenso
     ]
 
 
-def rounded(mask: Tensor, multiple: int) -> Tensor:
-    """The mask with units switched on (or off) until their number is a multiple; all of them if all were."""
+def rounded(mask: Tensor, multiple: int, least: int = 0) -> Tensor:
+    """The mask with units switched on (or off) until their number is a multiple; all of them if all were.
+
+    `least`: with units switched on until they are so many.
+    """
     live = int(mask.sum())
-    if multiple == 1 or live == len(mask):
+    target = max(live, min(least, len(mask)))
+    if multiple > 1 and target < len(mask):
+        target = min(-(-target // multiple), len(mask) // multiple - 1) * multiple
+    if target == live:
         return mask
-    target = min(-(-live // multiple), len(mask) // multiple - 1) * multiple
     mask = mask.clone()
     mask[(~mask).nonzero().flatten()[: max(target - live, 0)]] = True
     mask[mask.nonzero().flatten()[target:]] = False

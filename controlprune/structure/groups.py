@@ -128,10 +128,11 @@ class LiveNorm:
 
 @dataclass(frozen=True)
 class LiveRouter:
-    """A linear layer whose outputs are logits of units: masked, those of units that are off are -inf."""
+    """A module that gives units logits W x by torch's linear: masked, those of units off are -inf."""
 
     module: str
-    extent: Extent  # of what it puts out
+    parameter: str  # W, by its name in the module
+    extent: Extent  # of its rows
 
 
 @dataclass(frozen=True)

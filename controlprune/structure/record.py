@@ -28,7 +28,7 @@ from .rules import reduction as rules_reduction
 from .rules import spatial as rules_spatial
 from .rules import views as rules_views
 from .rules.elementwise import elementwise
-from .rules.routing import logits_marked, require_fit, require_unkept
+from .rules.routing import require_fit, require_unkept
 from .rules.table import fresh, lookup, taint
 from .surroundings import as_found
 from .tape.attributes import SizeWatcher, traced_attributes
@@ -107,8 +107,9 @@ class Recorder(TorchDispatchMode):
         weight = all(entry.weight for entry in call.entries.values())
         found = self._apply(rule, call)
         require_fit(self.tape, call, found)
-        for output, dims in zip(call.outputs, found, strict=True):
-            self.tape.set(output, dims, weight, call.pending)
+        labels = [*call.labels, *[""] * len(found)][: len(found)]
+        for output, dims, label in zip(call.outputs, found, labels, strict=True):
+            self.tape.set(output, dims, weight, call.pending, label)
             self.tape.write(call, output, dims)
 
     def _apply(self, rule: Rule, call: Call) -> list[Dims]:
@@ -185,13 +186,13 @@ def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
         torch.no_grad(),
         reference_kernels(tape.model),
         module_names(tape),
-        logits_marked(tape),
         traced_attributes(tape.model),
         listening(asked.append),
         Recorder(tape),
         SizeWatcher(tape),
     ):
         output = call_model(tape.model, example_inputs)
+    tape.reads += tape.grouped.values()
     require_unkept(tape)
     tape.asks(asked)
     tape.where = ""

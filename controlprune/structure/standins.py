@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .extents import keep
 from .formula import answer
@@ -53,7 +54,40 @@ class ChoosesLive(StandIn):
     _live: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).masked_fill(~self._live.to(x.device), -torch.inf)
+        return _lost(super().forward(x), self._live)
+
+
+class PicksLive(StandIn):
+    """The same in a module with a forward of its own, that calls torch's linear with this parameter."""
+
+    _live: Tensor
+    _weight: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with Losing(getattr(self, self._weight), self._live):
+            return super().forward(*args, **kwargs)
+
+
+class Losing(TorchFunctionMode):
+    """Inside, what torch's linear function makes of this weight is -inf for units that are off."""
+
+    def __init__(self, weight: Tensor, live: Tensor) -> None:
+        super().__init__()
+        self.weight, self.live = weight, live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (
+            func is nn.functional.linear
+            and kwargs.get("weight", args[1] if len(args) > 1 else None) is self.weight
+        ):
+            return _lost(result, self.live)
+        return result
+
+
+def _lost(logits: Tensor, live: Tensor) -> Tensor:
+    return logits.masked_fill(~live.to(logits.device), -torch.inf)
 
 
 class NotFused(StandIn):
@@ -108,7 +142,11 @@ def count_live(model: nn.Module, structure: Structure, masks: Sequence[Tensor] |
     for router in structure.routers:
         live = _live(router, masks)
         own = live is None or bool(live.all())
-        _stands(modules[router.module], ChoosesLive, {} if own else {"_live": live})
+        module = modules[router.module]
+        if type(module).forward in (nn.Linear.forward, ChoosesLive.forward):
+            _stands(module, ChoosesLive, {} if own else {"_live": live})
+        else:
+            _stands(module, PicksLive, {} if own else {"_live": live, "_weight": router.parameter})
     no_fused_layers(model)
 
 

@@ -111,7 +111,10 @@ class _Check:
         steps = (
             self.multiples.get(g, 1) if g in self.left else n for g, n in enumerate(self.structure.sizes)
         )
-        return [np.arange(step, n + 1, step) for step, n in zip(steps, self.structure.sizes, strict=True)]
+        return [
+            np.arange(max(step, -(-group.least // step) * step), group.size + 1, step)
+            for step, group in zip(steps, self.structure.groups, strict=True)
+        ]
 
     @property
     def left(self) -> list[int]:
@@ -182,7 +185,9 @@ class _Check:
 
     def masks(self, draw: int, numbers: Sequence[int]) -> list[Tensor]:
         return [
-            rounded(mask, self.multiples.get(n, 1)) if n in numbers else torch.ones_like(mask)
+            rounded(mask, self.multiples.get(n, 1), self.structure.groups[n].least)
+            if n in numbers
+            else torch.ones_like(mask)
             for n, mask in enumerate(self.draws[draw])
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,3 +99,25 @@ def test_experts_off_by_hand_come_back_with_all_they_had() -> None:
     controller.detach()
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_of_those_that_are_picked_as_many_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = oracle.Picked()
+    dense = sum(p.numel() for p in model.parameters())
+    x, y = torch.randn(6, 4, 4), torch.randint(3, (6,))
+    optimizer, budget = torch.optim.AdamW(model.parameters(), lr=0.01), cp.Budget(params=0.3)
+    controller = cp.attach(model, optimizer, budget=budget, example_inputs=(x,), total_steps=STEPS)
+    for _ in range(STEPS):
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        controller.step(loss)
+        optimizer.zero_grad()
+    masked = model(x)
+    cp.save(controller, tmp_path / "small.safetensors")
+    small = controller.finalize()
+    assert len(small.router.weight) == len(small.up) == len(small.down) in (2, 3, 4)
+    assert sum(p.numel() for p in small.parameters()) <= 0.3 * dense
+    torch.testing.assert_close(small(x), masked)
+    torch.testing.assert_close(cp.load(tmp_path / "small.safetensors", oracle.Picked())(x), masked)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from controlprune.plant.plant import Plant
 from controlprune.structure.extents import size
-from controlprune.structure.groups import Structure
+from controlprune.structure.groups import Group, Structure
 
 EXAMPLES = int(os.environ.get("CONTROLPRUNE_EXAMPLES", "60"))
 
@@ -73,11 +73,16 @@ class Case:
     phases: tuple[Phase, ...]
 
 
+def live_units(group: Group) -> st.SearchStrategy[tuple[bool, ...]]:
+    least = max(group.least, 1)
+    return st.tuples(*[st.booleans()] * group.size).filter(lambda mask: sum(mask) >= least)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     net = draw(st.sampled_from(sorted(oracle.SHAPES)))
     optimizer = draw(st.sampled_from(sorted(OPTIMIZERS)))
-    masks = st.tuples(*(st.tuples(*[st.booleans()] * n).filter(any) for n in oracle.structure_of(net).sizes))
+    masks = st.tuples(*map(live_units, oracle.structure_of(net).groups))
     compact = st.just(True) if optimizer in ONLY_COMPACT else st.booleans()
     phases = st.lists(st.builds(Phase, masks, compact, st.integers(0, 3)), min_size=1, max_size=4)
     return Case(

@@ -51,3 +51,11 @@ def test_rounding_keeps_what_is_on():
     assert rounded(torch.ones(32, dtype=torch.bool), 8).all()
     assert int(rounded(torch.arange(32) < 31, 8).sum()) == 24
     assert rounded(mask, 1) is mask
+
+
+def test_no_fewer_units_than_the_model_picks():
+    mask = torch.arange(16) == 5
+    assert rounded(mask, 1, least=3).sum() == 3
+    assert rounded(mask, 8, least=3).sum() == 8
+    assert rounded(mask, 1, least=3)[5]
+    assert rounded(torch.ones(2, dtype=torch.bool), 1, least=3).all()

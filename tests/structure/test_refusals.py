@@ -27,7 +27,7 @@ TOLD = (  # case, what is refused, its size, why
     ("function_norm", "enter", 8, NORM),
     ("gqa_native", "q", 6, "two activations are multiplied and summed over it (as queries and keys are)"),
     ("softmax_written", "first", 8, SOFTMAX),
-    ("experts", "router", 3, "(topk): one that is off would still take a place"),
+    ("experts", "router", 3, "eq takes which: the model's code may tell them by number"),
     ("expert_slabs", "router", 4, "(topk): one that is off would still take a place"),
     ("expert_slabs", "up", 4, PICKED),
     ("flip", "first", 8, "its positions change places"),

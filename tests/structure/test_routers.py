@@ -121,7 +121,7 @@ def negated(m: Mixture, x: Tensor) -> Tensor:
 
 
 LOGITS, WEIGHTS = "takes their logits too", "takes their weights"
-KEPT = "the model keeps their logits or weights"
+KEPT = "the model keeps or returns what they weigh"
 UNFIT: dict[str, tuple[Gate, str]] = {
     "bounded": (lambda m, x: m.router(x).tanh().softmax(-1), "softmax runs over its units: with one off"),
     "negative": (lambda m, x: (m.router(x) * -1.0).softmax(-1), "softmax runs over its units: with one off"),

@@ -15,6 +15,7 @@ import math
 from torch.utils.flop_counter import flop_registry
 
 from ..tape.axes import Axis
+from ..tape.dims import ENDS, OFF
 from ..tape.tape import Call, Dim, Dims, Read, Tape
 from .elementwise import elementwise
 from .table import fresh, rule, taint
@@ -179,13 +180,22 @@ def _padded(dims: Dims, ndim: int) -> Dims:
 
 @rule("_grouped_mm")
 def grouped_mm(tape: Tape, call: Call) -> list[Dims]:
-    """out[t, m] = Σ_k x[t, k] w[expert of t, k, m], rows in steps of 16 bytes; torch counts no FLOPs."""
+    """out[t, m] = Σ_k x[t, k] w[expert of t, k, m], rows in steps of 16 bytes; torch counts no FLOPs.
+
+    Each row meets one expert, however many there are. The last product with one's weights is what reads it.
+    """
     left, right = call.dims("self"), call.dims("mat2")
     if len(right) != 3:
         return taint(tape, call)
     (*lead, n, k), (expert, k2, m) = left, right
     tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
-    tape.pin(expert.axis, EXPERTS)
+    ends = call.dims("offs")[0] if call.has("offs") else Dim(Axis(1))
+    if any(dim == ENDS for _, dim in ends.sources):  # no row is of a unit that is off
+        axis = tape.unify(expert.axis, ends.axis)
+        routers = frozenset((name, OFF) for name, _ in ends.sources)
+        tape.picked(Read(axis, expert.parameters | routers), matrix=True)
+    else:
+        tape.pin(expert.axis, EXPERTS)
     tape.pin_dims(lead, EXPERTS)
     tape.aligned += [k.axis, m.axis]
     return [_add_bias(tape, call.dims("bias") if call.has("bias") else [], _out(*lead, n, m))]

@@ -81,6 +81,8 @@ def _new(size: int) -> Dim:
 def _sources(call: Call, column: list[Dim | None]) -> frozenset[tuple[str, int]]:
     """Parameter dimensions whose zeros are still zeros of the result."""
     name = call.name.rpartition("::")[2].removesuffix("_")
+    if not (name in KEEP_ZERO and len(column) == 1):
+        column = [dim if dim is None else dim.without_ends for dim in column]
     present = [dim.sources for dim in column if dim is not None]
     if name in PRODUCTS:
         return frozenset().union(*present)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..tape.axes import Axis, product
-from ..tape.tape import Call, Dim, Dims, Tape
+from ..tape.dims import OFF
+from ..tape.tape import Call, Dim, Dims, Read, Tape
 from .table import fresh, rule
 
 PICKED = "its positions are picked by index"
@@ -106,8 +107,11 @@ def index(tape: Tape, call: Call) -> list[Dims]:
     segment = _constant_segment(tape, call)
     if segment is not None:
         return [segment]
+    if (picked := _picked(tape, call)) is not None:
+        return [picked]
     out, gone = _index_layout(tape, call)
     tape.pin_dims(gone, PICKED)
+    call.labels = [call.label("self")]
     return [out]
 
 
@@ -127,6 +131,28 @@ def _constant_segment(tape: Tape, call: Call) -> Dims | None:
         return None
     piece = tape.segment(dims[d].axis, [start, length, dims[d].size - start - length])[1]
     return [*dims[:d], Dim(piece), *dims[d + 1 :]]
+
+
+def _picked(tape: Tape, call: Call) -> Dims | None:
+    """x[which units a router picked], no one of which is off; None where it is something else."""
+    dims = call.dims("self")
+    given = [(d, i) for d, i in enumerate(call.arguments["indices"]) if i is not None]  # type: ignore[arg-type]
+    if len(given) != 1 or not (router := call.entries[id(given[0][1])].labels):
+        return None
+    d, index = given[0]
+    if dims[d].size != tape.routers[router].size:
+        return None
+    call.counts = True
+    _meets(tape, dims, d, router)
+    new = [dim.plain for dim in call.entries[id(index)].dims]
+    return [*dims[:d], *new, *dims[d + 1 :]]
+
+
+def _meets(tape: Tape, dims: Dims, d: int, router: str) -> None:
+    """Dimension d is what a router chooses among, and this may be the last product with what it chose."""
+    axis = tape.unify(dims[d].axis, tape.routers[router])
+    if dims[d].parameters:
+        tape.picked(Read(axis, dims[d].parameters | {(router, OFF)}), matrix=len(dims) > 2)
 
 
 @rule("repeat_interleave")
@@ -184,9 +210,15 @@ def _along_index(tape: Tape, call: Call, others: list[Dims]) -> Dims:
     """Dimension `dim` is indexed; in the others the index stands beside the entries it picks."""
     mine, its = call.dims("self"), call.dims("index")
     d = call.integer("dim") % max(len(mine), 1)
+    router = "" if others or not mine else call.label("index")
     out = []
     for position, (dim, pick) in enumerate(zip(mine, its, strict=True)):
         columns = [other[position] for other in others]
+        if position == d and router and dim.size == tape.routers[router].size:
+            call.counts = True
+            tape.unify(dim.axis, tape.routers[router])
+            out.append(pick.plain)
+            continue
         if position == d:
             tape.pin_dims([dim, pick, *columns], PICKED)
             out.append(pick.plain)
@@ -226,8 +258,23 @@ def index_fill(tape: Tape, call: Call) -> list[Dims]:
     return [dims]
 
 
-@rule("nonzero", "masked_select", "bincount", "unique_dim", "unique_consecutive", "_unique", "_unique2",
-      "searchsorted", "bucketize", "histc")  # fmt: skip
+@rule("histc", "bincount")
+def counted(tape: Tape, call: Call) -> list[Dims]:
+    """How often a router picked each unit: never one that is off."""
+    router, found = call.label("self"), data_dependent(tape, call)
+    bins = call.shape[0]
+    if call.name.endswith("bincount"):
+        whole = call.integer("minlength") == bins
+    else:
+        whole = (call.arguments["min"], call.arguments["max"]) == (0, bins - 1)
+    if router and whole and bins == tape.routers[router].size:
+        call.counts = True
+        return [[Dim(tape.routers[router], frozenset({(router, OFF)}))]]
+    return found
+
+
+@rule("nonzero", "masked_select", "unique_dim", "unique_consecutive", "_unique", "_unique2",
+      "searchsorted", "bucketize")  # fmt: skip
 def data_dependent(tape: Tape, call: Call) -> list[Dims]:
     """The result's shape depends on values: its dimensions are data."""
     for entry in call.entries.values():

@@ -9,12 +9,20 @@ from __future__ import annotations
 import math
 
 from ..tape.axes import Axis
+from ..tape.dims import ENDS, OFF
 from ..tape.tape import Call, Dim, Dims, Read, Tape
 from .table import fresh, rule
 
 __all__ = ["reduced"]
 
 TOPK = "the largest of its positions are picked (topk): one that is off would still take a place"
+
+
+def loses(tape: Tape, dim: Dim) -> str:
+    """The router behind it, by which what is off is -inf or 0 there; "" if none is."""
+    if dim.logits:
+        tape.routers[dim.logits] = dim.axis
+    return dim.logits or next(iter(sorted(dim.routers)), "")
 
 
 def _dims_of(call: Call, ndim: int) -> list[int]:
@@ -44,8 +52,9 @@ def sum_(tape: Tape, call: Call) -> list[Dims]:
     keepdim = bool(call.arguments.get("keepdim", False))
     gone = _dims_of(call, len(old))
     for d in gone if old else ():
-        if old[d].sources and not math.isinf(_order(call)) and _order(call) > 0:
-            tape.reads.append(Read(old[d].axis, old[d].sources))
+        known = old[d].parameters | {(name, OFF) for name in old[d].routers}
+        if known and not math.isinf(_order(call)) and _order(call) > 0:
+            tape.reads.append(Read(old[d].axis, known))
         else:
             tape.statistics(old[d].axis, "its units are summed")
     return [[Dim(Axis(1)) if d in gone else dim for d, dim in enumerate(old) if keepdim or d not in gone]]
@@ -78,7 +87,7 @@ def softmax(tape: Tape, call: Call) -> list[Dims]:
     old, d = call.dims("self"), call.integer("dim")
     if old and old[d].logits:
         dims = [dim.plain for dim in old]
-        dims[d] = Dim(old[d].axis, frozenset({tape.routes(old[d])}))
+        dims[d] = Dim(old[d].axis, frozenset({(loses(tape, old[d]), OFF)}))
         return [dims]
     return log_softmax(tape, call)
 
@@ -88,7 +97,25 @@ def log_softmax(tape: Tape, call: Call) -> list[Dims]:
     return _along(tape, call, "softmax runs over its units: with one off, the others would weigh more")
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "argsort")
+@rule("cumsum")
+def cumsum(tape: Tape, call: Call) -> list[Dims]:
+    """Counts added up: where none are of a unit that is off, it ends where the one before it does."""
+    old, d = call.dims("self"), call.integer("dim")
+    if not old or not old[d].routers:
+        return scan(tape, call)
+    dims = [dim.plain for dim in old]
+    dims[d] = Dim(old[d].axis, frozenset((name, ENDS) for name in old[d].routers))
+    return [dims]
+
+
+@rule("sort")
+def sort(tape: Tape, call: Call) -> list[Dims]:
+    """The units that are on stand in the same order, whether those that are off are numbered or not."""
+    call.labels = [call.label("self")]
+    return scan(tape, call)
+
+
+@rule("cumprod", "logcumsumexp", "cummax", "cummin", "argsort")
 def scan(tape: Tape, call: Call) -> list[Dims]:
     return _along(tape, call, f"a scan or sort runs along it ({call.name.rpartition('::')[2]})")
 
@@ -103,11 +130,16 @@ def _along(tape: Tape, call: Call, reason: str) -> list[Dims]:
 
 @rule("topk")
 def topk(tape: Tape, call: Call) -> list[Dims]:
-    dims = [dim.plain for dim in call.dims("self")]
-    d = call.integer("dim")
-    if dims:
+    old, d = call.dims("self"), call.integer("dim")
+    dims = [dim.plain for dim in old]
+    if not dims:
+        return [dims] * 2
+    if (router := loses(tape, old[d])) and call.arguments.get("largest", True) is True:
+        tape.picks[router] = max(tape.picks.get(router, 0), call.shape[d])
+        call.labels = ["", router]
+    else:
         tape.pin(dims[d].axis, TOPK)
-        dims[d] = fresh([call.shape[d]])[0]
+    dims[d] = fresh([call.shape[d]])[0]
     return [dims] * 2
 
 

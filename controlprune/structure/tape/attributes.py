@@ -143,6 +143,10 @@ class SizeWatcher(SizeReader):
         return super().terms_of(tensor) if axes is None else [Size(axis) for axis in axes]
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is nn.functional.linear:
+            result = super().called(func, args, kwargs)
+            self.tape.linear(result, argument(args, kwargs, 1, "weight"))
+            return result
         if not has_seen((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
             return func(*args, **kwargs)
         self.tape.given = func is Tensor.__getitem__ and _bounded(args[1])
@@ -341,12 +345,19 @@ def _convolution(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result
     return [(groups, tape.regroup([axis], [groups, axis.size // groups])[0])]
 
 
+def _counts(tape: Tape, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Sizes:
+    given = kwargs.get("minlength", kwargs.get("bins", args[1] if len(args) > 1 else None))
+    return [(given, _axes(tape, result)[0])]
+
+
 WATCHED: dict[str, Watch] = {
     **dict.fromkeys(
         ("view", "reshape", "expand", "broadcast_to", "zeros", "ones", "empty", "full", "rand", "randn",
          "new_zeros", "new_ones", "new_empty", "new_full"),
         _whole_shape,
     ),
+    "histc": _counts,
+    "bincount": _counts,
     "repeat": _times,
     "tile": _times,
     "unflatten": _unflatten,

@@ -20,6 +20,9 @@ from .tape import MEET, Source, Tape, TracedWork
 
 __all__ = ["ALIGNED", "build"]
 
+PICKED = "a router picks some of its units, and its code cuts them into parts"
+ALL = "a router picks every one of its units"
+LISTED = "softmax runs over its units, and they are taken one by one: modules of a list can't leave it"
 COMPUTED = "softmax runs over its units, and how many there are is a number that tensors are computed with"
 ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 
@@ -89,9 +92,13 @@ def _pin_repeated(tape: Tape) -> None:
 def _pin_unfit(tape: Tape) -> None:
     """Units whose logits are used where -inf would do harm."""
     computed = {leaf for term in tape.numbers for axis in _axes_of(tape, term) for leaf in leaves(axis)}
-    for module, axis in tape.routers.items():
-        if module in tape.unfit:
-            pin(axis, tape.unfit[module])
+    for name, axis in tape.routers.items():
+        if name in tape.unfit:
+            pin(axis, tape.unfit[name])
+        elif name in tape.picks and (axis.root.factors or axis.root.parts):
+            pin(axis, PICKED)
+        elif tape.picks.get(name, 0) >= axis.size:
+            pin(axis, ALL)
         elif computed.intersection(leaves(axis)):
             pin(axis, COMPUTED)
 
@@ -162,6 +169,7 @@ def _structure(
 ) -> Structure:
     tensors = {n: tuple(_extent(axis, numbers) for axis in dims) for n, dims in tape.tensors.items()}
     names: Counter[str] = Counter()
+    picked = {tape.routers[name].root: k for name, k in sorted(tape.picks.items(), key=lambda pick: pick[1])}
     aligned, chosen = _aligned(tape), {leaf for axis in tape.routers.values() for leaf in leaves(axis)}
     kinds = dict(tape.model.named_modules())
     wide = {n for n, dims in tensors.items() if len(dims) > 1}
@@ -175,7 +183,8 @@ def _structure(
         kind = "expert" if leaf in chosen else kind
         names[name] += 1
         name = name if names[name] == 1 else f"{name}:{names[name]}"
-        groups.append(Group(name, leaf.size, kind, tuple(slices), ALIGNED if leaf in aligned else 1))
+        multiple, least = ALIGNED if leaf in aligned else 1, picked.get(leaf, 0)
+        groups.append(Group(name, leaf.size, kind, tuple(slices), multiple, least=least))
     known: dict[Axis, Extent] = {}
     work, traffic, activations = (
         [_work(traced, numbers, known) for traced in terms]
@@ -192,12 +201,12 @@ def _structure(
         if groups_in(extent := _extent(axis, numbers))
     )
     routers = tuple(
-        LiveRouter(module, extent)
-        for module, axis in tape.routers.items()
+        LiveRouter(name.rpartition(".")[0], name.rpartition(".")[2], extent)
+        for name, axis in tape.routers.items()
         if groups_in(extent := _extent(axis, numbers))
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
-    refused = _refusals(places, read, parameters)
+    refused = (*_refusals(places, read, parameters), *_refused_routers(tape))
     return Structure(
         groups=tuple(groups),
         refused=refused,
@@ -272,6 +281,15 @@ def _refusals(
         if leaf.reason and producers:
             found[(_owner(producers[0]), leaf.reason, leaf.size)] = None
     return tuple(Refusal(name, size, reason) for name, reason, size in found)
+
+
+def _refused_routers(tape: Tape) -> tuple[Refusal, ...]:
+    """Those whose units stay for reasons that no other line tells."""
+    return tuple(
+        Refusal(_owner(name), axis.size, LISTED)
+        for name, axis in tape.routers.items()
+        if axis.size > 1 and all(leaf.reason == "" for leaf in leaves(axis))
+    )
 
 
 def _owner(tensor: str) -> str:

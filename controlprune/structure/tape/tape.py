@@ -1,13 +1,6 @@
 """The tape: what one or more forward passes of a model say about its index spaces.
 
-Every tensor seen has one `Dim` per dimension: its `Axis`, and the *sources* of the dimension, which are
-the parameter dimensions it is a plain view of. Zero index i of a source and the tensor is zero there, so
-
-    contraction over an axis with sources   ->  a *reader*: zeroing its columns removes the unit exactly
-    contraction over an axis without        ->  two activations meet: the axis is pinned
-
-A dimension may also be the *logits* that a linear layer gives to units (rules/routing.py). Softmax over them
-is 0 for a unit whose logit is told to be -inf: such a layer is a source too, (its name, OFF).
+Every tensor seen has one `Dim` per dimension (dims.py): its `Axis`, and what its entries are views of.
 
 `Tape` holds the facts; the rules (`rules_*.py`) write them, `structure/tape/build.py` reads them.
 """
@@ -28,42 +21,28 @@ from ..formula import Formula
 from ..guards import Place
 from ..tape import axes
 from .axes import Axis, Misfit
+from .dims import ENDS, OFF, Dim, Dims, Source
 from .seen import Question, Term
 
-__all__ = ["MEET", "OFF", "Call", "Dim", "Dims", "Read", "Rule", "Source", "Tape", "TracedWork", "storage_of"]
+__all__ = [
+    "ENDS",
+    "MEET",
+    "OFF",
+    "Call",
+    "Dim",
+    "Dims",
+    "Read",
+    "Rule",
+    "Source",
+    "Tape",
+    "TracedWork",
+    "storage_of",
+]
 
 MEET = "two activations are multiplied and summed over it (as queries and keys are)"
 
 T = TypeVar("T")
-OFF = -1
-Source: TypeAlias = tuple[str, int]  # (parameter name, dimension), or (router's name, OFF)
 UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
-
-
-@dataclass(frozen=True)
-class Dim:
-    """One dimension of a tensor in the trace."""
-
-    axis: Axis
-    sources: frozenset[Source] = frozenset()
-    logits: str = ""  # the module that gives them, where units that are off may be -inf
-
-    @property
-    def size(self) -> int:
-        return self.axis.size
-
-    @property
-    def plain(self) -> Dim:
-        """The same index space, no longer a view of parameters."""
-        return Dim(self.axis)
-
-    @property
-    def parameters(self) -> frozenset[Source]:
-        """The sources that are dimensions of parameters."""
-        return frozenset(source for source in self.sources if source[1] != OFF)
-
-
-Dims: TypeAlias = "list[Dim]"
 
 
 @dataclass(frozen=True)
@@ -92,6 +71,7 @@ class Entry:
     dims: Dims
     weight: bool = False
     pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once the tensor is used
+    labels: str = ""  # its values are positions of what this router chooses among, none of a unit that is off
 
 
 @dataclass
@@ -105,12 +85,17 @@ class Call:
     pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once an output is used
     storages: frozenset[int] = frozenset()  # of the tensor arguments
     writes: bool = False  # it changes an argument in place
+    labels: list[str] = field(default_factory=list)  # of each output, as far as they go
+    counts: bool = False  # labels are counted in it, or tell what is taken, and no more is done with them
 
     def dims(self, argument: str) -> Dims:
         return self.entries[id(self.arguments[argument])].dims
 
     def has(self, argument: str) -> bool:
         return isinstance(self.arguments.get(argument), Tensor)
+
+    def label(self, argument: str) -> str:
+        return self.entries[id(self.arguments[argument])].labels
 
     def weight(self, argument: str) -> bool:
         return self.entries[id(self.arguments[argument])].weight
@@ -146,8 +131,10 @@ class Tape:
     activations: list[TracedWork] = field(default_factory=list)
     attributes: dict[tuple[str, str, int | None], Axis] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)  # parameters and buffers that some operator was given
-    routers: dict[str, Axis] = field(default_factory=dict)  # modules whose logits must be able to lose
-    unfit: dict[str, str] = field(default_factory=dict)  # modules whose logits must not be -inf, and why
+    routers: dict[str, Axis] = field(default_factory=dict)  # parameters whose logits must be able to lose
+    unfit: dict[str, str] = field(default_factory=dict)  # parameters whose logits must not be -inf, and why
+    picks: dict[str, int] = field(default_factory=dict)  # how many units a router picks, the most of it
+    grouped: dict[Axis, Read] = field(default_factory=dict)  # what reads the units that a router picks
     norms: dict[str, Formula] = field(default_factory=dict)  # modules that can count live units
     aligned: list[Axis] = field(default_factory=list)  # lengths of rows that a kernel wants in its steps
     counted: dict[str, Axis] = field(default_factory=dict)  # and the channels that they did so over
@@ -188,7 +175,7 @@ class Tape:
         """What is known of the tensor; one never seen before is a constant of the model's code."""
         if is_functorch_wrapped_tensor(tensor):
             inner = self.entry(get_unwrapped(tensor))
-            return Entry(_seen_inside(tensor, inner.dims), inner.weight)
+            return Entry(_seen_inside(tensor, inner.dims), inner.weight, labels=inner.labels)
         known = self._entries.get(tensor)
         if known is not None and len(known.dims) == tensor.dim():
             if (owner := self._owners.get(id(tensor))) is not None:
@@ -221,13 +208,20 @@ class Tape:
         fits = known is not None and len(known.dims) == tensor.dim()
         return [dim.axis for dim in known.dims] if known is not None and fits else None
 
-    def set(self, tensor: Tensor, dims: Dims, weight: bool, pending: Iterable[tuple[Axis, str]] = ()) -> None:
+    def set(
+        self,
+        tensor: Tensor,
+        dims: Dims,
+        weight: bool,
+        pending: Iterable[tuple[Axis, str]] = (),
+        labels: str = "",
+    ) -> None:
         if id(tensor) not in self._owners:
-            self._entries[tensor] = Entry(dims, weight, list(pending))
+            self._entries[tensor] = Entry(dims, weight, list(pending), labels)
 
-    def alive(self) -> Iterable[Dim]:
-        """The dimensions of all tensors that are still there."""
-        return [dim for entry in self._entries.values() for dim in entry.dims]
+    def alive(self) -> list[Entry]:
+        """What is known of all tensors that are still there."""
+        return list(self._entries.values())
 
     def owned(self, tensor: Tensor) -> bool:
         """Is it a parameter or buffer of the model?"""
@@ -252,21 +246,16 @@ class Tape:
     def _placed(self, reason: str) -> str:
         return reason + (f" (in {self.where})" if reason and self.where else "")
 
-    def gives_logits(self, tensor: Tensor, module: str) -> None:
-        """The last dimension is what a linear layer gives out."""
-        known = self._entries.get(tensor)
-        if known is not None and known.dims:
-            known.dims = [*known.dims[:-1], replace(known.dims[-1], logits=module)]
-
-    def routes(self, logits: Dim) -> Source:
-        """Units of it may be told to lose: the source of what softmax makes of it."""
-        self.routers[logits.logits] = logits.axis
-        return logits.logits, OFF
+    def linear(self, given: Tensor, weight: object) -> None:
+        """The tensor is what torch's linear function makes with this weight; of the running module's own?"""
+        name, known = self._owners.get(id(weight), ""), self._entries.get(given)
+        if name and name.rpartition(".")[0] == self.where and known is not None and known.dims:
+            known.dims = [*known.dims[:-1], replace(known.dims[-1], logits=name)]
 
     def covered(self, source: Source) -> Axis:
         """The axis that is zero where the source is."""
         name, dim = source
-        return self.routers[name] if dim == OFF else self.tensors[name][dim]
+        return self.routers[name] if dim < 0 else self.tensors[name][dim]
 
     def statistics(self, axis: Axis, reason: str, channels: Axis | None = None) -> None:
         """The operator reduces over `axis`: the statistics of a norm (its channels: `channels`), or a pin."""
@@ -275,6 +264,15 @@ class Tape:
             return
         channels = axis if channels is None else channels
         self.counted[self.where] = self.unify(channels, self.counted.get(self.where, channels))
+
+    def picked(self, read: Read, *, matrix: bool) -> None:
+        """Parameters meet what a router picked: the last of matrices, and biases after it, read the units."""
+        axis = read.axis.root
+        known = next((r for a, r in self.grouped.items() if a.root is axis), None)
+        for one in [one for one in self.grouped if one.root is axis]:
+            del self.grouped[one]
+        more = frozenset() if known is None or matrix else known.sources
+        self.grouped[axis] = Read(axis, read.sources | more)
 
     def pin_dims(self, dims: Iterable[Dim], reason: str) -> None:
         for dim in dims:
@@ -309,9 +307,9 @@ class Tape:
         order = (left, right) if weight_first else (right, left)
         reader = next((dim for dim in order if dim.parameters), None)
         self._contracted = left.parameters | right.parameters
-        known = frozenset(source for dim in order for source in dim.sources - dim.parameters)
+        known: frozenset[Source] = frozenset((name, OFF) for dim in order for name in dim.routers)
         if reader is not None:
-            known |= reader.sources
+            known |= reader.parameters
         if known:
             self.reads.append(Read(axis, known))
         else:
