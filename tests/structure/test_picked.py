@@ -44,7 +44,14 @@ class Gathered(Slabs):
         return torch.einsum("tkh,tkhd,tk->td", hidden, self.down[picked], p.gather(1, picked))
 
 
-FOLLOWED = {"grouped": Grouped, "of_logits": OfLogits, "gathered": Gathered}
+class Shared(Grouped):
+    """Half as hot."""
+
+    def scores(self, x: Tensor) -> Scores:
+        return (self.router(x).softmax(-1) / 2).contiguous().topk(2)
+
+
+FOLLOWED = {"shared": Shared, "grouped": Grouped, "of_logits": OfLogits, "gathered": Gathered}
 
 
 class Counted(Gathered):
@@ -61,6 +68,30 @@ class Told(Grouped):
     def scores(self, x: Tensor) -> Scores:
         top, picked = super().scores(x)
         return top * (picked != 2), picked
+
+
+class Dropped(Grouped):
+    """One that is on may weigh 0, as those that are off do: which of them is picked?"""
+
+    def scores(self, x: Tensor) -> Scores:
+        return nn.functional.dropout(self.router(x).softmax(-1), 0.3, self.training).topk(2)
+
+
+class Parted(Grouped):
+    """Of each half of the experts one."""
+
+    def scores(self, x: Tensor) -> Scores:
+        top, picked = self.router(x).softmax(-1).view(len(x), 2, 2).topk(1)
+        return top.flatten(1), picked.flatten(1) + torch.tensor([0, 2])
+
+
+class AlongTokens(Grouped):
+    """Of the tokens, too, the largest weights are taken."""
+
+    def scores(self, x: Tensor) -> Scores:
+        p = self.router(x).softmax(-1)
+        top, picked = p.topk(2)
+        return top * p.flatten().view(len(x), -1).topk(2, 0)[0].sum(), picked
 
 
 class Least(Grouped):
@@ -94,6 +125,9 @@ REFUSED: dict[str, tuple[type[Slabs], str]] = {
     "told": (Told, "ne takes which: the model's code may tell them by number"),
     "one_by_one": (OneByOne, "eq takes which: the model's code may tell them by number"),
     "least": (Least, "(topk)"),
+    "dropped": (Dropped, "(topk)"),
+    "parted": (Parted, "a router picks whole experts by index"),
+    "along_tokens": (AlongTokens, "its units are summed"),
     "kept": (Kept, "the model keeps or returns"),
     "returned": (Returned, "the model keeps or returns"),
 }

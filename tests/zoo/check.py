@@ -165,7 +165,7 @@ def _draw(structure: Structure, seed: int, count: Callable[[int, torch.Generator
     random = torch.Generator().manual_seed(seed)
     masks = []
     for group in structure.groups:
-        live = group.multiple * count(group.size // group.multiple, random)
+        live = max(group.multiple * count(group.size // group.multiple, random), group.least)
         masks.append(torch.randperm(group.size, generator=random) < live)
     return masks
 

@@ -77,7 +77,10 @@ def apart_after(steps: int, model: nn.Module, inputs: Inputs, structure: Structu
     model = copy.deepcopy(model).double().train()
     example = tree_map(_double, inputs)
     random = torch.Generator().manual_seed(1)
-    masks = [torch.randperm(n, generator=random) < max(n // 2, 1) for n in structure.sizes]
+    masks = [
+        torch.randperm(group.size, generator=random) < max(group.size // 2, group.least, 1)
+        for group in structure.groups
+    ]
     masked, shrunk = (
         _stepped(copy.deepcopy(model), steps, example, structure, masks, compact) for compact in (False, True)
     )

@@ -65,7 +65,7 @@ def _bmm(tape: Tape, call: Call, left: str, right: str, operator: str) -> Dims:
     """Where the slice of a parameter is zero for one of the batch, so is that one's product."""
     (b, n, k), (b2, k2, m) = call.dims(left), call.dims(right)
     axis = tape.contract(k, k2, weight_first=_weight_first(call, left, right))
-    batch = Dim(tape.unify(b.axis, b2.axis), b.sources | b2.sources)
+    batch = Dim(tape.unify(b.axis, b2.axis), b.computed.sources | b2.computed.sources)
     tape.count(operator, 2, batch.axis, n.axis, axis, m.axis)
     return [batch, *_out(n, m, weight=_both_weights(call, left, right))]
 

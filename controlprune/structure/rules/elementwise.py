@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..tape.axes import Axis
 from ..tape.tape import Call, Dim, Dims, Entry, Tape
-from .routing import still_lost
+from .routing import KEEPS_LOST, scales, still_lost
 from .table import fresh, rule
 
 __all__ = ["elementwise"]
@@ -81,8 +81,8 @@ def _new(size: int) -> Dim:
 def _sources(call: Call, column: list[Dim | None]) -> frozenset[tuple[str, int]]:
     """Parameter dimensions whose zeros are still zeros of the result."""
     name = call.name.rpartition("::")[2].removesuffix("_")
-    if not (name in KEEP_ZERO and len(column) == 1):
-        column = [dim if dim is None else dim.without_ends for dim in column]
+    if not (len(column) == 1 and (name in KEEPS_LOST or scales(call, name))):
+        column = [dim if dim is None else dim.computed for dim in column]
     present = [dim.sources for dim in column if dim is not None]
     if name in PRODUCTS:
         return frozenset().union(*present)

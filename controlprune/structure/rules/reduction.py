@@ -9,20 +9,13 @@ from __future__ import annotations
 import math
 
 from ..tape.axes import Axis
-from ..tape.dims import ENDS, OFF
+from ..tape.dims import ENDS, OFF, ON
 from ..tape.tape import Call, Dim, Dims, Read, Tape
 from .table import fresh, rule
 
 __all__ = ["reduced"]
 
 TOPK = "the largest of its positions are picked (topk): one that is off would still take a place"
-
-
-def loses(tape: Tape, dim: Dim) -> str:
-    """The router behind it, by which what is off is -inf or 0 there; "" if none is."""
-    if dim.logits:
-        tape.routers[dim.logits] = dim.axis
-    return dim.logits or next(iter(sorted(dim.routers)), "")
 
 
 def _dims_of(call: Call, ndim: int) -> list[int]:
@@ -87,7 +80,8 @@ def softmax(tape: Tape, call: Call) -> list[Dims]:
     old, d = call.dims("self"), call.integer("dim")
     if old and old[d].logits:
         dims = [dim.plain for dim in old]
-        dims[d] = Dim(old[d].axis, frozenset({(loses(tape, old[d]), OFF)}))
+        router = tape.loses(old[d])
+        dims[d] = Dim(old[d].axis, frozenset({(router, OFF), (router, ON)}))
         return [dims]
     return log_softmax(tape, call)
 
@@ -101,7 +95,7 @@ def log_softmax(tape: Tape, call: Call) -> list[Dims]:
 def cumsum(tape: Tape, call: Call) -> list[Dims]:
     """Counts added up: where none are of a unit that is off, it ends where the one before it does."""
     old, d = call.dims("self"), call.integer("dim")
-    if not old or not old[d].routers:
+    if not old or not old[d].routers or not all(tape.chooses(name, old[d]) for name in old[d].routers):
         return scan(tape, call)
     dims = [dim.plain for dim in old]
     dims[d] = Dim(old[d].axis, frozenset((name, ENDS) for name in old[d].routers))
@@ -134,7 +128,7 @@ def topk(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in old]
     if not dims:
         return [dims] * 2
-    if (router := loses(tape, old[d])) and call.arguments.get("largest", True) is True:
+    if (router := tape.loses(old[d])) and call.arguments.get("largest", True) is True:
         tape.picks[router] = max(tape.picks.get(router, 0), call.shape[d])
         call.labels = ["", router]
     else:

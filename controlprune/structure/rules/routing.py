@@ -24,7 +24,7 @@ from torch import Tensor
 from ..tape.dims import ENDS
 from ..tape.tape import Call, Dim, Dims, Tape
 
-__all__ = ["require_fit", "require_unkept", "still_lost"]
+__all__ = ["KEEPS_LOST", "require_fit", "require_unkept", "scales", "still_lost"]
 
 KEEPS_LOST = frozenset(["clone", "_to_copy", "detach", "alias", "lift_fresh", "contiguous"])
 VIEWS = frozenset(
@@ -70,9 +70,12 @@ def still_lost(call: Call, column: list[Dim | None]) -> str:
     others = any(dim is not None and dim.logits for dim in column[1:])
     if name in ("add", "sub") and not others:
         return first.logits
-    if name in ("mul", "div") and len(column) == 1 and _positive(call.arguments.get("other")):
-        return first.logits
-    return ""
+    return first.logits if len(column) == 1 and scales(call, name) else ""
+
+
+def scales(call: Call, name: str) -> bool:
+    """By a number above 0."""
+    return name in ("mul", "div") and _positive(call.arguments.get("other"))
 
 
 def _positive(value: object) -> bool:

@@ -7,8 +7,9 @@ the parameter dimensions it is a plain view of. Zero index i of a source and the
     contraction over an axis without        ->  two activations meet: the axis is pinned
 
 A dimension may also be the *logits* that a linear layer gives to units (rules/routing.py). Softmax over them
-is 0 for a unit whose logit is told to be -inf: its weight is a source too, (name, OFF). Of (name, ENDS), what
-stands at a unit that is off stands at the one before it. The *labels* of a tensor are units that were picked.
+is 0 for a unit whose logit is told to be -inf: its weight is a source too, (name, OFF), and with (name, ON)
+all others are above 0. Of (name, ENDS), what stands at a unit that is off stands at the one before it. The
+*labels* of a tensor are units that were picked.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from typing import TypeAlias
 
 from .axes import Axis
 
-__all__ = ["ENDS", "OFF", "Dim", "Dims", "Source"]
+__all__ = ["ENDS", "OFF", "ON", "Dim", "Dims", "Source"]
 
-OFF, ENDS = -1, -2
-Source: TypeAlias = tuple[str, int]  # (parameter name, dimension), or (router's parameter, OFF or ENDS)
+OFF, ENDS, ON = -1, -2, -3
+Source: TypeAlias = tuple[str, int]  # (parameter name, dimension), or (router's parameter, one of these)
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ class Dim:
         return frozenset(source for source in self.sources if source[1] >= 0)
 
     @property
-    def without_ends(self) -> Dim:
-        """What is computed with it need not be alike where it is."""
-        return replace(self, sources=frozenset(source for source in self.sources if source[1] != ENDS))
+    def computed(self) -> Dim:
+        """What is computed with it is zero where it is; of the rest nothing is known."""
+        return replace(self, sources=frozenset(source for source in self.sources if source[1] >= OFF))
 
     @property
     def routers(self) -> frozenset[str]:
         """Those whose units that are off are 0 here."""
         return frozenset(name for name, dim in self.sources if dim == OFF)
+
+    @property
+    def picks(self) -> str:
+        """The router by which what is off loses against what is on; "" if none does."""
+        return self.logits or next(iter(sorted(name for name, dim in self.sources if dim == ON)), "")
 
 
 Dims: TypeAlias = "list[Dim]"

@@ -252,6 +252,16 @@ class Tape:
         if name and name.rpartition(".")[0] == self.where and known is not None and known.dims:
             known.dims = [*known.dims[:-1], replace(known.dims[-1], logits=name)]
 
+    def loses(self, dim: Dim) -> str:
+        """The router by which what is off loses against what is on in this dimension; "" if none does."""
+        if dim.logits:
+            self.routers[dim.logits] = dim.axis
+        return dim.picks if self.chooses(dim.picks, dim) else ""
+
+    def chooses(self, router: str, dim: Dim) -> bool:
+        """Is it the very dimension that the router chooses among, not one that was made of it?"""
+        return router in self.routers and self.routers[router].root is dim.axis.root
+
     def covered(self, source: Source) -> Axis:
         """The axis that is zero where the source is."""
         name, dim = source
