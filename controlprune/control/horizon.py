@@ -103,6 +103,11 @@ class Horizon:
         if not 0 < self.healing <= 1:
             raise ValueError(f"Horizon(healing={self.healing!r}): give a share per update in (0, 1]")
 
+    @property
+    def heeds_values(self) -> bool:
+        """Does the stability of the values decide anything?"""
+        return self.mistrust > 0.0
+
     def _squares(self) -> LeastSquares:
         return LeastSquares((self.healing, self.damage), spread=SPREAD, forgetting=self.forgetting)
 

@@ -80,6 +80,11 @@ class Plan:
                 "need earliest <= latest <= deadline <= 1"
             )
 
+    @property
+    def heeds_values(self) -> bool:
+        """Does the stability of the values decide anything?"""
+        return self.earliest < self.latest and self.agreement > 0.0
+
     def init(self) -> PlanState:
         return PlanState(1.0, 0.0, None, math.inf)
 

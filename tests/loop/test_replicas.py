@@ -412,7 +412,8 @@ def mixed(kind: str, y: Tensor, t: Tensor) -> Tensor:
 
 def forced(rank: int, kind: str, loss: str) -> cp.Controller:
     """`kind`: both halves of the batch in this process, or this rank's half."""
-    policy = Forced(observe_every=1, update_every=4, revise_every=3)
+    heeding = cp.Plan(latest=0.1)  # then the windows of its values are kept, and compared here
+    policy = Forced(plan=heeding, observe_every=1, update_every=4, revise_every=3)
     model = net().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     whole = model if kind == "one" else DDP(model)

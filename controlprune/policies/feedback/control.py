@@ -134,7 +134,7 @@ class ControlLoop(Policy):
 
     def __init__(self, control: Control, problem: Problem) -> None:
         self.control, self.problem = control, problem
-        self.units = UnitRecord(problem, moves=control.learned)
+        self.units = UnitRecord(problem, moves=control.learned, ranks=control.plan.heeds_values)
         self._set_pace()
         self.trend = LossTrend()
         self.gates = GateController(seed=problem.seed) if control.learned else None

@@ -3,7 +3,7 @@
     observe        g ∈ R^G at a step     -> moments (saliency/moments.py), Σ g² of the running window
     statistics     at an update          -> mean, Fisher curvature, norms, marginal costs, ages  (network.py)
     plasticity     of the net: how far what reads the active units is from where it began      (worth.py)
-    stability      of the ranking of Σ g² between the running window and the last one          (worth.py)
+    stability      of the ranking of Σ g² between two windows, for a plan that heeds it         (worth.py)
 
 Vectors over all units, one group after the other. Gradients are taken in units of their size when the first
 ones came (a power of two), so that a run whose loss is k times as large decides alike. The window's rounding
@@ -34,9 +34,12 @@ OLD = 30_000  # updates: the age of a unit that was never switched, and where ag
 
 
 class UnitRecord:
-    """`moves`: sum movement up. How far the moments reach back is said by `set_pace`."""
+    """`moves`: sum movement up. `ranks`: keep windows, for the stability of ranks.
 
-    def __init__(self, problem: Problem, *, moves: bool = False) -> None:
+    How far the moments reach back is said by `set_pace`.
+    """
+
+    def __init__(self, problem: Problem, *, moves: bool = False, ranks: bool = False) -> None:
         self.sizes = list(problem.structure.sizes)
         units = sum(self.sizes)
         self.group = torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
@@ -44,7 +47,7 @@ class UnitRecord:
         self.moments = start_moments(units)
         self.movement = torch.zeros(units if moves else 0)  # −Σ g over all observations
         self.scale = 0.0  # what gradients are divided by; 0: none was seen yet
-        self.window = torch.zeros(2, units, dtype=torch.bfloat16)  # Σ g² of the running and of the last one
+        self.window = torch.zeros(2, units if ranks else 0, dtype=torch.bfloat16)  # Σ g²: running, last
         self.first = torch.full((units,), math.inf, dtype=torch.bfloat16)  # `began`; inf: not known
         self.age = torch.full((units,), OLD, dtype=torch.int16)  # updates since the last change
 
@@ -57,10 +60,12 @@ class UnitRecord:
         self._grow_to(_scale(gradients))
         gradients = (gradients.double() / (self.scale or 1.0)).float()
         self.moments = observe(self.moments, gradients, self.decay)
-        seen = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
-        self.window[0] += seen.square()
-        if len(self.movement):
-            self.movement -= seen
+        if self.movement.numel() or self.window.numel():
+            seen = torch.nan_to_num(gradients, nan=0.0, posinf=0.0, neginf=0.0)
+            if self.window.numel():
+                self.window[0] += seen.square()
+            if self.movement.numel():
+                self.movement -= seen
 
     def _grow_to(self, scale: float) -> None:
         """What was seen before, in the units of gradients that are `GREW` times larger."""
@@ -112,7 +117,9 @@ class UnitRecord:
         return torch.split(vector, self.sizes)
 
     def stability(self, on: Tensor) -> float:
-        """Of the values, between the running window and the last; then the running one becomes the last."""
+        """Of the values between the running window and the last, which it then becomes; 0 without windows."""
+        if not self.window.numel():
+            return 0.0
         now, before = self.window.float()
         self.window = torch.stack([torch.zeros_like(self.window[0]), self.window[0]])
         return stability(now, before, self.group, on)

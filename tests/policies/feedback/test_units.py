@@ -8,12 +8,15 @@ import pytest
 import torch
 from test_control import problem
 
+from controlprune.control.horizon import Horizon
+from controlprune.control.ramp import Plan
+from controlprune.policies.feedback.control import Control
 from controlprune.policies.feedback.units import UnitRecord
 from controlprune.saliency.moments import start_moments
 
 
 def record() -> UnitRecord:
-    found = UnitRecord(problem(), moves=True)
+    found = UnitRecord(problem(), moves=True, ranks=True)
     found.set_pace(20.0, 4)
     return found
 
@@ -48,3 +51,26 @@ def test_a_scale_changes_nothing(power: int) -> None:
         scaled.observe(row * 2.0**power)
     assert scaled.scale == plain.scale * 2.0**power
     torch.testing.assert_close(scaled.moments.second, plain.moments.second)
+    assert torch.equal(scaled.window, plain.window)
+
+
+@pytest.mark.parametrize(
+    ("plan", "heeded"),
+    [
+        (Plan(), False),
+        (Plan(latest=0.2), True),
+        (Plan(latest=0.2, agreement=0.0), False),
+        (Horizon(), True),
+        (Horizon(mistrust=0.0), False),
+    ],
+)
+def test_units_are_ranked_where_the_plan_heeds_it(plan: Plan | Horizon, heeded: bool) -> None:
+    units = Control(plan=plan).begin(problem()).units
+    units.set_pace(20.0, 4)
+    on = torch.ones(len(units.age), dtype=torch.bool)
+    stable = 0.0
+    for _ in range(2):
+        units.observe(torch.linspace(1.0, 2.0, len(on)))
+        stable = units.stability(on)
+    assert stable == pytest.approx(float(heeded))
+    assert (units.window.numel() > 0) is heeded
