@@ -21,7 +21,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..plant.plant import Plant
@@ -30,6 +30,7 @@ from ..structure.branches import Found, branches_of
 from ..structure.extents import Extent, Fixed, Product, Units
 from ..structure.groups import Branch, Group, Refusal, Slice, Structure, Work
 from ..structure.record import ExampleInputs, call_model, copied, output_tensors
+from ..structure.skipping import off, remove
 from ..structure.trial import agree
 from ..structure.untouched import seeded
 from .base import Granularity
@@ -56,7 +57,7 @@ class Layers(Granularity):
         ignored = set(tensors_in(model, ignored_layers))
         found = [b for b in branches_of(model, example_inputs) if not set(b.tensors) & ignored]
         good, refused = _tried(model, example_inputs, base, found)
-        structure = with_branches(base, good)
+        structure = _which_stay(model, example_inputs, base, good)
         return replace(structure, refused=(*structure.refused, *refused))
 
     def units(self, model: nn.Module, traced: Structure, ignored: Collection[str] = ()) -> Structure:
@@ -148,6 +149,47 @@ def _tried(
     return good, tuple(refused)
 
 
+def _which_stay(
+    model: nn.Module, inputs: ExampleInputs, base: Structure, found: Sequence[Found]
+) -> Structure:
+    """With every branch, told whether the code around it bears its removal: tried together, then alone."""
+    whole = with_branches(base, found)
+    if not found or _can_be_removed(model, inputs, whole):
+        return whole
+    stays = [not _can_be_removed(model, inputs, with_branches(base, [branch])) for branch in found]
+    stays = stays if any(stays) else [True] * len(stays)
+    branches = (replace(b, stays=s) for b, s in zip(whole.branches, stays, strict=True))
+    return replace(whole, branches=tuple(branches))
+
+
+def _can_be_removed(model: nn.Module, inputs: ExampleInputs, structure: Structure) -> bool:
+    """Does a copy with every branch off compute the same with them removed, and run in training too?"""
+    masks = [torch.full((g.size,), not g.optional) for g in structure.groups]
+
+    def outputs(removed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        trial = copy.deepcopy(model)
+        Plant(trial, None, structure).apply(masks, compact=True)
+        if removed:
+            remove(trial, off(structure.branches, masks))
+        return _attempt(trial.train(), inputs), _attempt(trial.eval(), inputs)
+
+    (trained, expected), (trains, found) = outputs(False), outputs(True)
+    return agree(expected, found) and bool(trains or not trained)
+
+
+def _attempt(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    """The outputs; none where the model's code raises, whatever that may be."""
+    try:
+        return _outputs(model, inputs)
+    except Exception:
+        return []
+
+
+def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
+    with torch.no_grad(), seeded(0):
+        return output_tensors(call_model(model, copied(inputs)))
+
+
 def _differs(model: nn.Module, inputs: ExampleInputs, structure: Structure) -> str:
     """How the outputs with every branch off differ between the two layouts; "" if they do not."""
     masks = [torch.full((g.size,), not g.optional) for g in structure.groups]
@@ -157,8 +199,7 @@ def _differs(model: nn.Module, inputs: ExampleInputs, structure: Structure) -> s
         outputs = []
         for compact in (False, True):
             plant.apply(masks, compact=compact)
-            with torch.no_grad(), seeded(0):
-                outputs.append(output_tensors(call_model(trial, copied(inputs))))
+            outputs.append(_outputs(trial, inputs))
     except Exception as error:  # whatever the model's code says of a branch that is not run
         return f"it cannot be skipped ({type(error).__name__}: {error})"
     return "" if agree(*outputs) else "outputs differ between zero parameters and skipping it"

@@ -27,6 +27,7 @@ from ..loop.export import whole_plant
 from ..plant.copies import small_copy
 from ..state.saver import KEY, carrier, present_record
 from ..state.widths import narrow
+from ..structure.skipping import Removed
 
 __all__ = ["from_pretrained", "save_pretrained"]
 
@@ -124,5 +125,10 @@ def _layer_by_layer(model: Any) -> None:
 
 
 def _outputs(layer: nn.Module, name: str, names: Names) -> int:
-    weight: Any = layer.get_submodule(name).weight
-    return weight.shape[1 if names.fused else 0]
+    """0 where it was removed, or what it stood in."""
+    part: Any = layer
+    for step in name.split("."):
+        if isinstance(part, Removed):
+            break
+        part = getattr(part, step)
+    return 0 if isinstance(part, Removed) else part.weight.shape[1 if names.fused else 0]

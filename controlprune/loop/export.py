@@ -63,7 +63,7 @@ def whole_plant(controller: Controller) -> BasePlant:
 def save(controller: Controller, path: str | Path) -> None:
     """Write the model at its present active units; the training goes on undisturbed."""
     plant = whole_plant(controller)
-    own = {**dict(plant.model.named_parameters()), **dict(plant.model.named_buffers())}
+    own = {**dict(plant.model.named_parameters()), **dict(plant.model.named_buffers()), **plant.removed}
     changed = sorted(own.keys() ^ plant.structure.tensors.keys())
     structure, masks = plant.portable
     tensors = {} if changed else compact_copies(plant)

@@ -16,6 +16,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,6 +51,7 @@ class BasePlant(ABC):
     optimizer: Optimizer | None
     structure: Structure
     park_on: torch.device | None = None
+    removed: Mapping[str, Tensor] = MappingProxyType({})  # what `harden` took out of the model, all of it off
     masks: Masks
     compact: bool
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..structure.caches import drop_caches
 from ..structure.sizes import set_sizes
+from ..structure.skipping import off, remove
 from ..structure.standins import count_live
 from .base import BasePlant, named_tensors
 from .layout import at, cuts_of, select, set_data, whole
@@ -25,7 +26,7 @@ def compact_copies(plant: BasePlant) -> Tensors:
     spots = {spot.name: spot for spot in plant.spots}
     found: Tensors = {}
     with torch.no_grad():
-        for name, tensor in plant.tensors().items():
+        for name, tensor in (plant.tensors() | dict(plant.removed)).items():
             if name not in names:
                 continue
             live = tensor.detach()
@@ -43,6 +44,8 @@ def small_copy(plant: BasePlant) -> nn.Module:
         cut = Plant(other, None, plant.structure)
         cut.apply(plant.masks, compact=True)
         cut.harden()
+    elif plant.compact:
+        remove(other, off(plant.structure.branches, plant.masks))
     return other
 
 

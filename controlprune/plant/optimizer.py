@@ -20,10 +20,10 @@ Several optimizers are seen as one (plant/joint.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .joint import key_of, members
@@ -33,6 +33,7 @@ __all__ = [
     "check_optimizer",
     "entry_dims",
     "factored",
+    "forget",
     "require_nothing_beside",
     "travelling",
     "travelling_dims",
@@ -76,6 +77,19 @@ def factored(optimizer: Optimizer | None) -> Factored:
             if value.shape[d] == 1 < parameter.shape[d] or known.get(key) == d - value.ndim
         }
     return frozenset(found)
+
+
+def forget(optimizer: Optimizer | None, gone: Collection[nn.Parameter]) -> None:
+    """These are stepped no more; the groups stay, empty ones too: schedulers count them."""
+    ids = {id(parameter) for parameter in gone}
+    for member in members(optimizer) if ids else ():
+        for group in member.param_groups:
+            kept = [k for k, parameter in enumerate(group["params"]) if id(parameter) not in ids]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key][:] = [group[key][k] for k in kept]
+        for parameter in gone:
+            member.state.pop(parameter, None)
 
 
 def travelling(

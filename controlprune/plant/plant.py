@@ -31,7 +31,7 @@ from ..structure.caches import drop_caches
 from ..structure.extents import groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
-from ..structure.skipping import skip
+from ..structure.skipping import off, remove, skip
 from ..structure.standins import count_live
 from ..structure.surroundings import plainly
 from .base import BasePlant, Kind
@@ -40,7 +40,7 @@ from .gate_gradients import Gather, Later, gather, inner, inners, per_unit, sele
 from .hooks import Link
 from .layout import Spot, Switch, at, cuts_of, follow, move, require_as_laid
 from .masks import Masks, all_on, checked
-from .optimizer import Factored, check_optimizer, factored, require_nothing_beside, travelling
+from .optimizer import Factored, check_optimizer, factored, forget, require_nothing_beside, travelling
 from .parked import escaped, pack, parsed, small_state_aside, unpack
 from .parking import settle
 from .rest import Rest
@@ -225,6 +225,10 @@ class Plant(BasePlant):
         self.apply(self.masks, compact=True)
         self._hardened = True
         self._spots, self._gather = (), None
+        before, parameters = self.tensors(), set(self.model.parameters())
+        remove(self.model, off(self.structure.branches, self.masks))
+        forget(self.optimizer, parameters - set(self.model.parameters()))
+        self.removed = {name: before[name] for name in before.keys() - self.tensors().keys()}
 
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
         plan, tensors = self._plan()

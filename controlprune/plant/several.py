@@ -70,6 +70,10 @@ class SeveralPlants(BasePlant):
         return tuple(spot for part in self.parts for spot in part.spots)
 
     @property
+    def removed(self) -> Mapping[str, Tensor]:  # type: ignore[override]
+        return {name: tensor for part in self.parts for name, tensor in part.removed.items()}
+
+    @property
     def portable(self) -> tuple[Structure, Masks]:
         shrinking = [part for part in self.parts if part.shrinks]  # they come first
         if not shrinking:

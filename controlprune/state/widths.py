@@ -3,7 +3,7 @@
     {"format": 1,
      "shapes": {tensor: [n_1, …]},                      every tensor that is not as its class makes it
      "sizes":  [[module, attribute, index, value], …],  the Python integers that go with them
-     "skipped": [[module, zeros, returns], …]}          modules that are not run (structure/skipping.py)
+     "skipped": [[module, zeros, returns, stays], …]}   modules that are not run (structure/skipping.py)
 
 It goes where the model's own configuration is saved. A model that is pruned twice has the second record over
 the first. The units themselves are not named: weights come from the file beside it.
@@ -56,10 +56,10 @@ def narrow(model: nn.Module, widths: Record) -> None:
     for module, attribute, index, value in widths["sizes"]:
         set_size(modules, module, attribute, index, value)
     let_heads_leave(model)
-    skip_for_good(model, [(m, bool(zeros), int(n)) for m, zeros, n in widths.get("skipped", ())])
     with torch.no_grad():
         for name, shape in widths["shapes"].items():
             tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()
+    skip_for_good(model, [(m, zeros, n, any(stays)) for m, zeros, n, *stays in widths.get("skipped", ())])
 
 
 def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], widths: Record) -> None:
@@ -73,7 +73,7 @@ def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tenso
                 least <= n <= d for n, d in zip(shape, dense, strict=True)
             ):
                 raise ValueError(f"{name} is {tuple(dense)}, no larger than {tuple(shape)}")
-        for module, zeros, returns in widths.get("skipped", ()):
+        for module, zeros, returns, *_ in widths.get("skipped", ()):
             if module not in modules or type(zeros) is not bool or type(returns) is not int:
                 raise ValueError(f"{module!r} is no module that can be skipped")
         for module, attribute, index, value in widths["sizes"]:

@@ -115,6 +115,7 @@ class Branch:
     ends: str  # the module that hands on zeros
     passes: tuple[str, ...]  # those that hand on their input
     returns: Mapping[str, int]  # module -> of how many its output is a tuple; 0: a tensor
+    stays: bool = False  # would the code around it notice that its modules are empty?
 
 
 @dataclass(frozen=True)

@@ -153,15 +153,16 @@ def _require_consistent(structure: Structure) -> None:
 
 
 def _branch_to_json(branch: Branch) -> list[Any]:
-    return [branch.group, branch.ends, list(branch.passes), dict(branch.returns)]
+    told = [branch.group, branch.ends, list(branch.passes), dict(branch.returns)]
+    return [*told, True] if branch.stays else told
 
 
 def _branch_from_json(value: Any) -> Branch:
-    group, ends, passes, returns = value
+    group, ends, passes, returns, *stays = value
     found = {_text(name): _count(n) for name, n in returns.items()}
     if found.keys() != {ends, *passes}:
         raise ValueError(f"branch {ends!r}: it does not say what all of its modules return")
-    return Branch(_count(group), _text(ends), tuple(map(_text, passes)), found)
+    return Branch(_count(group), _text(ends), tuple(map(_text, passes)), found, stays=bool(stays))
 
 
 def _units(extent: Extent) -> Iterator[Units]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .groups import LiveNorm, LiveRouter, Structure
 
-__all__ = ["StandIn", "count_live", "no_fused_layers", "restore", "stand_in"]
+__all__ = ["HandsOn", "StandIn", "count_live", "no_fused_layers", "restore", "stand_in"]
 
 
 class StandIn(nn.Module):
@@ -36,6 +36,21 @@ class StandIn(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revived, _lineage(type(self)), self.__dict__.copy()
+
+
+class HandsOn(nn.Module):
+    """A module that is not run: its answer is the first tensor that it is given, or zeros like it."""
+
+    _skip: tuple[bool, int]  # zeros? of how many is its answer a tuple (0: a tensor)?
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        zeros, returns = self._skip
+        given = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        found = torch.zeros_like(given) if zeros else given
+        return (found, *[None] * (returns - 1)) if returns else found
+
+    def extra_repr(self) -> str:
+        return f"skipped: hands on {'zeros' if self._skip[0] else 'its input'}"
 
 
 class CountsLive(StandIn):
@@ -177,6 +192,7 @@ def no_fused_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             inside = any(
-                isinstance(part, StandIn) and not isinstance(part, NotFused) for part in module.modules()
+                isinstance(part, StandIn | HandsOn) and not isinstance(part, NotFused)
+                for part in module.modules()
             )
             (stand_in if inside else restore)(module, NotFused)

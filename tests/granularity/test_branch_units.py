@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import controlprune as cp
 from controlprune.granularity.layers import Layers
 from controlprune.plant.plant import Plant
+from controlprune.structure.skipping import Removed
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.05),
@@ -178,6 +179,123 @@ def test_a_run_ends_inside_its_budget_and_small(net: str, granularity: str, tmp_
     torch.testing.assert_close(again(x), live, rtol=1e-4, atol=1e-5)
     small.train()
     train(small, optimizer, x, y)
+
+
+class Peeks(nn.Module):
+    """Its code asks its branch for the number type of the weights, as T5's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)).to(self.down.weight.dtype))
+
+
+def cut(net: str, tmp_path: Path | None = None) -> tuple[nn.Module, Any, Any, Tensor, Tensor]:
+    """The net finalized with its second branch off, and its outputs before that."""
+    model, x, y, _ = made(net)
+    optimizer, controller = attach(model, x, 0.95)
+    train(model, optimizer, x, y, controller)
+    name = controller.groups[1].name
+    controller.set_masks({n: torch.tensor([n != name]) for n in controller.masks})
+    live = copy.deepcopy(model).eval()(x)
+    if tmp_path is not None:
+        cp.save(controller, tmp_path / "during.safetensors")
+    return controller.finalize(), optimizer, controller, x, live
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_branch_that_is_off_is_removed(net: str, tmp_path: Path) -> None:
+    """Modules, tensors, optimizer entries: none is left, and what is left is a plain model."""
+    whole = made(net)[0].state_dict()
+    small, optimizer, controller, x, live = cut(net, tmp_path)
+    away = set(controller._run.plant.removed)
+    assert away
+    assert away | small.state_dict().keys() == whole.keys()
+    assert not away & small.state_dict().keys()
+    assert all(p.numel() for p in small.parameters())
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert list(map(id, stepped)) == list(map(id, small.parameters()))
+    assert set(optimizer.state) == set(stepped)
+    gone = [m for m in small.modules() if isinstance(m, Removed)]
+    assert gone
+    assert not any(list(m.children()) or list(m.parameters()) for m in gone)
+    small.eval()
+    torch.testing.assert_close(small(x), live, rtol=1e-4, atol=1e-5)
+    cp.save(controller, tmp_path / "after.safetensors")
+    torch.save(small, tmp_path / "whole.pt")
+    others = [
+        copy.deepcopy(small),
+        torch.load(tmp_path / "whole.pt", weights_only=False),
+        *(cp.load(tmp_path / f"{when}.safetensors", made(net)[0]).eval() for when in ("during", "after")),
+    ]
+    for other in others:
+        other.load_state_dict(small.state_dict())
+        assert torch.equal(other(x), small(x))
+    fresh = torch.optim.Adam(others[0].parameters(), lr=0.01)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    y = x.flatten(1)[:, :4].argmax(1)
+    train(small, optimizer, x, y)
+    train(others[0], fresh, x, y)
+    for a, b in zip(small.parameters(), others[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's exporter uses what torch deprecates
+@pytest.mark.parametrize("net", NETS)
+def test_what_is_left_is_exported(net: str, tmp_path: Path) -> None:
+    small, _, _, x, live = cut(net)
+    small.eval()
+    program = torch.export.export(small, (x,))
+    torch.testing.assert_close(program.module()(x), live, rtol=1e-4, atol=1e-5)
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    written = torch.onnx.export(small, (x,), dynamo=True, verbose=False)
+    assert written is not None
+    written.save(tmp_path / "small.onnx")
+    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), live, rtol=1e-3, atol=1e-4)
+
+
+def test_a_branch_whose_code_would_notice_stays_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(NETS, "peeks", (lambda: nn.Sequential(nn.Linear(4, 16), Peeks(), Peeks()), (4,), 2))
+    small, optimizer, controller, x, live = cut("peeks", tmp_path)
+    assert [branch.stays for branch in controller._run.plant.structure.branches] == [True, True]
+    torch.testing.assert_close(small(x), live)
+    assert {p.numel() for p in small[2].parameters()} == {0}
+    assert torch.equal(cp.load(tmp_path / "during.safetensors", made("peeks")[0])(x), small(x))
+    train(small, optimizer, x, x.argmax(1))
+
+
+def test_an_emptied_group_of_the_optimizer_stays() -> None:
+    """Schedulers count groups; the names of parameters go with them."""
+    model, x, y, _ = made("resnet")
+    optimizer = torch.optim.SGD(
+        [{"params": [*part.named_parameters()], "lr": 0.1} for part in model if [*part.parameters()]]
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    controller = cp.attach(
+        model,
+        optimizer,
+        budget=cp.Budget(flops=0.9),
+        example_inputs=(x[:2],),
+        total_steps=9,
+        granularity="layer",
+    )
+    train(model, optimizer, x, y, controller)
+    name = controller.groups[1].name
+    controller.set_masks({n: torch.tensor([n != name]) for n in controller.masks})
+    small = controller.finalize()
+    groups = optimizer.param_groups
+    assert len(groups) == 5
+    assert [len(g["param_names"]) for g in groups] == [len(g["params"]) for g in groups]
+    assert groups[2]["params"] == []
+    train(small, optimizer, x, y)
+    scheduler.step()
 
 
 def test_resumed_it_is_the_same_run() -> None:

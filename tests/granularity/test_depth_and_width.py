@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -145,8 +146,19 @@ def test_skipped_branches_in_a_folder(name: str, tmp_path: Path) -> None:
     controller.set_masks(off)
     with torch.no_grad():
         expected = model(**x)[0]
-    cp.save_pretrained(controller, tmp_path)
-    with torch.no_grad():
-        found = cp.from_pretrained(tmp_path, type(model)).eval()(**x)[0]
-    torch.testing.assert_close(found, expected)
     assert isinstance(model, tr.PreTrainedModel)
+    cp.save_pretrained(controller, tmp_path / "during")
+    small = plainly_finalized(controller)
+    cp.save_pretrained(controller, tmp_path / "after")
+    for when in ("during", "after"):
+        found = cp.from_pretrained(tmp_path / when, type(model)).eval()
+        assert found.state_dict().keys() == small.state_dict().keys()
+        with torch.no_grad():
+            torch.testing.assert_close(found(**x)[0], expected)
+
+
+def plainly_finalized(controller: cp.Controller) -> nn.Module:
+    """At the masks that were set by hand."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return controller.finalize()
