@@ -3,7 +3,7 @@
     {"format": 1,
      "shapes": {tensor: [n_1, …]},                      every tensor that is not as its class makes it
      "sizes":  [[module, attribute, index, value], …],  the Python integers that go with them
-     "skipped": [[module, zeros, returns, stays], …]}   modules that are not run (structure/skipping.py)
+     "skipped": [[module, returns, stays], …]}          modules that are not run (structure/skipping.py)
 
 It goes where the model's own configuration is saved. A model that is pruned twice has the second record over
 the first. The units themselves are not named: weights come from the file beside it.
@@ -59,7 +59,7 @@ def narrow(model: nn.Module, widths: Record) -> None:
     with torch.no_grad():
         for name, shape in widths["shapes"].items():
             tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()
-    skip_for_good(model, [(m, zeros, n, any(stays)) for m, zeros, n, *stays in widths.get("skipped", ())])
+    skip_for_good(model, [(m, n, stays) for m, n, stays in widths.get("skipped", ())])
 
 
 def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], widths: Record) -> None:
@@ -73,8 +73,8 @@ def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tenso
                 least <= n <= d for n, d in zip(shape, dense, strict=True)
             ):
                 raise ValueError(f"{name} is {tuple(dense)}, no larger than {tuple(shape)}")
-        for module, zeros, returns, *_ in widths.get("skipped", ()):
-            if module not in modules or type(zeros) is not bool or type(returns) is not int:
+        for module, returns, stays in widths.get("skipped", ()):
+            if module not in modules or type(returns) is not int or type(stays) is not bool:
                 raise ValueError(f"{module!r} is no module that can be skipped")
         for module, attribute, index, value in widths["sizes"]:
             found = get_size(modules, SizeAttribute(module, attribute, index, Fixed(0)))

@@ -3,9 +3,9 @@
     y = s + B(s)        B: every operator between s and its sum with s, if nothing else hears any of them
 
 Off, the branch adds nothing. Masked, the parameters of its last module are zero, so that B(s) is; compact,
-the modules that lie wholly in B are not run: the last hands on zeros, those before it their input. What of B
-stands in the code of a module around them still runs, on that input. A branch whose two forms do not agree on
-the model itself (granularity/layers.py) is left alone.
+the modules that lie wholly in B are not run and hand on zeros. What of B stands in the code of a module
+around them still runs, on those zeros, and may write into them (`relu_`, `out += s`). A branch whose two
+forms do not agree on the model itself (granularity/layers.py) is left alone.
 
 A parameter of B is told by its use: by operators of B only.
 """
@@ -41,9 +41,9 @@ class Found:
     """A branch as it was found: what is exchanged, and the tensors that are its own."""
 
     name: str
-    ends: str  # the module that hands on zeros
+    ends: str  # the module whose answer is added
     last: str  # the one whose parameters are zero while masked
-    passes: tuple[str, ...]  # modules that hand on their input
+    passes: tuple[str, ...]  # modules before it
     returns: Mapping[str, int]  # of how many each of them returns a tuple; 0: a tensor
     tensors: tuple[str, ...]  # parameters and buffers
 

@@ -112,8 +112,8 @@ class Branch:
     """What is not run while the one unit of a group is off (structure/branches.py)."""
 
     group: int
-    ends: str  # the module that hands on zeros
-    passes: tuple[str, ...]  # those that hand on their input
+    ends: str  # the module whose answer is added to the stream
+    passes: tuple[str, ...]  # those before it
     returns: Mapping[str, int]  # module -> of how many its output is a tuple; 0: a tensor
     stays: bool = False  # would the code around it notice that its modules are empty?
 

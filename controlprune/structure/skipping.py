@@ -1,4 +1,4 @@
-"""Branches that are off are not run: their modules hand on zeros, or their input.
+"""Branches that are off are not run: their modules hand on zeros.
 
     Skipped    while it may come back: `module.__class__` alone is another (structure/standins.py), its
                parameters are empty; what else the code around it asks of the module is there
@@ -17,28 +17,28 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from .groups import Branch
-from .standins import HandsOn, StandIn, no_fused_layers, restore, stand_in
+from .standins import HandsZeros, StandIn, no_fused_layers, restore, stand_in
 
 __all__ = ["Entry", "Removed", "Skipped", "off", "remove", "skip", "skip_for_good"]
 
-Entry: TypeAlias = tuple[str, bool, int, bool]
-"""Module; does it hand on zeros? of how many is its output a tuple (0: a tensor)? does it stay?"""
+Entry: TypeAlias = tuple[str, int, bool]
+"""Module; of how many is its output a tuple (0: a tensor)? does it stay?"""
 
 
 class Skipped(StandIn):
     """A module that is not run now, whatever other stand-ins it belongs to."""
 
-    forward, extra_repr = HandsOn.forward, HandsOn.extra_repr
+    forward, extra_repr = HandsZeros.forward, HandsZeros.extra_repr
 
 
-class Removed(HandsOn):
+class Removed(HandsZeros):
     """What stands where a module was; a hook or a reference to it is to the same object."""
 
 
 def off(branches: Iterable[Branch], masks: Sequence[Tensor]) -> list[Entry]:
     """The modules of those that are off."""
     gone = (branch for branch in branches if not bool(masks[branch.group].any()))
-    return [(name, name == b.ends, n, b.stays) for b in gone for name, n in b.returns.items()]
+    return [(name, n, b.stays) for b in gone for name, n in b.returns.items()]
 
 
 def skip(model: nn.Module, branches: Sequence[Branch], masks: Sequence[Tensor] | None) -> None:
@@ -62,7 +62,7 @@ def skip_for_good(model: nn.Module, entries: Sequence[Entry]) -> None:
 def remove(model: nn.Module, entries: Iterable[Entry]) -> None:
     """Those of them that do not stay, skipped as they are, are taken out."""
     modules = dict(model.named_modules())
-    for module in (modules[name] for name, _, _, stays in entries if not stays):
+    for module in (modules[name] for name, _, stays in entries if not stays):
         module.__class__ = Removed
         module._parameters = dict.fromkeys(module._parameters)
         module._buffers = dict.fromkeys(module._buffers)
@@ -71,7 +71,7 @@ def remove(model: nn.Module, entries: Iterable[Entry]) -> None:
 
 def _skip(model: nn.Module, entries: Iterable[Entry]) -> None:
     modules = dict(model.named_modules())
-    for name, zeros, returns, _ in entries:
+    for name, returns, _ in entries:
         stand_in(modules[name], Skipped)
-        vars(modules[name])["_skip"] = (zeros, returns)
+        vars(modules[name])["_skip"] = returns
     no_fused_layers(model)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .groups import LiveNorm, LiveRouter, Structure
 
-__all__ = ["HandsOn", "StandIn", "count_live", "no_fused_layers", "restore", "stand_in"]
+__all__ = ["HandsZeros", "StandIn", "count_live", "no_fused_layers", "restore", "stand_in"]
 
 
 class StandIn(nn.Module):
@@ -38,19 +38,21 @@ class StandIn(nn.Module):
         return _revived, _lineage(type(self)), self.__dict__.copy()
 
 
-class HandsOn(nn.Module):
-    """A module that is not run: its answer is the first tensor that it is given, or zeros like it."""
+class HandsZeros(nn.Module):
+    """A module that is not run: its answer is zeros like the first tensor that it is given.
 
-    _skip: tuple[bool, int]  # zeros? of how many is its answer a tuple (0: a tensor)?
+    Zeros of their own, never that tensor: code around it may write into what it gets (`relu_`, `out += x`),
+    and that tensor may be the stream which goes past the branch.
+    """
+
+    _skip: int  # of how many its answer is a tuple (0: a tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        zeros, returns = self._skip
-        given = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        found = torch.zeros_like(given) if zeros else given
-        return (found, *[None] * (returns - 1)) if returns else found
+        found = torch.zeros_like(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+        return (found, *[None] * (self._skip - 1)) if self._skip else found
 
     def extra_repr(self) -> str:
-        return f"skipped: hands on {'zeros' if self._skip[0] else 'its input'}"
+        return "skipped: hands on zeros"
 
 
 class CountsLive(StandIn):
@@ -192,7 +194,7 @@ def no_fused_layers(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             inside = any(
-                isinstance(part, StandIn | HandsOn) and not isinstance(part, NotFused)
+                isinstance(part, StandIn | HandsZeros) and not isinstance(part, NotFused)
                 for part in module.modules()
             )
             (stand_in if inside else restore)(module, NotFused)
