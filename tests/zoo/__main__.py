@@ -1,7 +1,8 @@
 """The zoo as a table: `python -m tests.zoo [table or model …] [--train] [--granularity weight] [--out FILE]`.
 
 With `--train` every model goes through a whole training run under a budget (train.py), by any granularity,
-else through the contract of masked and shrunk outputs (check.py), by channel.
+else through the contract of masked and shrunk outputs (check.py), by channel. `--out FILE` keeps what each
+model showed; a later call with the same settings goes on where that one stopped.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import argparse
 import json
 import warnings
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from controlprune.state.files import replacing
+from controlprune.structure.groups import Refusal
 
 from .check import Result, run
 from .tables import tables
@@ -70,7 +76,27 @@ def _summary(results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def _kept(path: Path | None, kind: type[Any], settings: str) -> dict[str, Any]:
+    """What an earlier call with these settings wrote to `path`."""
+    rows = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    found = {name: row for name, row in rows.items() if row["settings"] == settings}
+    return {name: _result(kind, row) for name, row in found.items()}
+
+
+def _result(kind: type[Any], row: dict[str, Any]) -> Any:
+    values = {field.name: row[field.name] for field in fields(kind)}
+    if "refused" in values:
+        values["refused"] = tuple(Refusal(**refusal) for refusal in values["refused"])
+    return kind(**values)
+
+
+def _keep(path: Path, results: dict[str, Any], settings: str) -> None:
+    rows = {n: asdict(r) | {"status": r.status, "settings": settings} for n, r in results.items()}
+    with replacing(path) as part:
+        part.write_text(json.dumps(rows, indent=1))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tests.zoo")
     parser.add_argument("names", nargs="*", help="tables or models; everything when empty")
     parser.add_argument("--train", action="store_true", help="a training run under a budget for each")
@@ -78,7 +104,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=int, default=120)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    settings = f"train {options.granularity}" if options.train else "check"
+    settings += f", seed {options.seed}"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     chosen = {
@@ -87,20 +115,19 @@ def main() -> None:
         for name, factory in factories.items()
         if not options.names or {table, name} & set(options.names)
     }
-    checked: dict[str, Result] = {}
-    trained: dict[str, Trained] = {}
     print(TRAINED if options.train else CHECKED)
+    results = _kept(options.out, Trained if options.train else Result, settings)
     for name, factory in chosen.items():
-        if options.train:
-            trained[name] = train(factory, options.seed, options.seconds, options.granularity)
-            print(_trained_row(name, trained[name]), flush=True)
-        else:
-            checked[name] = run(factory, options.seed, options.seconds)
-            print(_row(name, checked[name]), flush=True)
-        if options.out:
-            rows = {n: asdict(r) | {"status": r.status} for n, r in (trained or checked).items()}
-            options.out.write_text(json.dumps(rows, indent=1))
-    print(_trained_summary(trained) if options.train else _summary(checked))
+        if name not in results:
+            if options.train:
+                results[name] = train(factory, options.seed, options.seconds, options.granularity)
+            else:
+                results[name] = run(factory, options.seed, options.seconds)
+            if options.out:
+                _keep(options.out, results, settings)
+        print(_trained_row(name, results[name]) if options.train else _row(name, results[name]), flush=True)
+    shown = {name: results[name] for name in chosen}
+    print(_trained_summary(shown) if options.train else _summary(shown))
 
 
 if __name__ == "__main__":
