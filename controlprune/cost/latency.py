@@ -3,12 +3,14 @@
 A forward pass takes the time of its arithmetic, of the memory it writes, of the weights it reads, and of
 getting started. With the traced operators w in families f,
 
-    T(n) = a_0 + Σ_w a_w FLOPs_w(n) + Σ_f b_f bytes_f(n) + c weights(n) + d Σ_v bytes_v(n)²,   all >= 0
+    T(n) = a_0 + Σ_w a_w FLOPs_w(n) + Σ_f b_f bytes_f(n) + c weights(n) + d Σ_v bytes_v(n)² + e calls(n),
 
-(the squares, one per write v, because what no longer fits a cache costs more per byte) and since every part
-is a polynomial in the widths, so is T. The coefficients come from measurements of the model itself at a
-handful of widths n_k (dense, uniformly smaller, random; first units of each group), by nonnegative least
-squares on relative errors, the rates a_w of a family drawn to their mean ā_f, weighed by the work:
+all >= 0 (the squares, one per write v, because what no longer fits a cache costs more per byte; calls: the
+operators of whole branches that are on, each of which has to get started) and since every part is a
+polynomial in the widths, so is T. The coefficients come from measurements of the model itself at a handful
+of widths n_k (dense, uniformly smaller, random; first units of each group; branches of width 0 are not run),
+by nonnegative least squares on relative errors, the rates a_w of a family drawn to their mean ā_f, weighed by
+the work:
 
     minimise Σ_k ( T(n_k) / t_k − 1 )²  +  μ Σ_w ( (a_w − ā_f) FLOPs_w(N) / T(N) )²
 
@@ -42,7 +44,7 @@ from torch import nn
 
 from ..control.nnls import nnls
 from ..structure.exchange import at_widths, first_units, tensors_of
-from ..structure.extents import Extent
+from ..structure.extents import Extent, Units
 from ..structure.groups import Structure
 from ..structure.record import ExampleInputs, call_model, copied, input_tensors
 from ..structure.untouched import untouched
@@ -140,6 +142,11 @@ def parts_of(structure: Structure, model: nn.Module) -> list[Part]:
         operator = write.operator.rpartition("::")[2].removesuffix("_")
         name = "product" if (write.where, operator) in counted else "other"
         others.setdefault(f"{name} bytes", []).append((float(write.coefficient), write.factors))
+    whole = {branch.group for branch in structure.branches}
+    calls = [
+        tuple(f for f in w.factors if isinstance(f, Units) and f.group in whole) for w in structure.traffic
+    ]
+    others["calls"] = [(1.0, branches) for branches in calls if branches]
     if structure.traffic:
         others["large writes"] = [(float(w.coefficient), (*w.factors, *w.factors)) for w in structure.traffic]
     tensors = tensors_of(model)
@@ -153,10 +160,13 @@ def parts_of(structure: Structure, model: nn.Module) -> list[Part]:
 def trial_widths(
     sizes: Sequence[int], rungs: Sequence[Sequence[int]] | None = None, seed: int = 0
 ) -> list[tuple[int, ...]]:
-    """Dense, uniform shares and random widths, each the nearest rung; no vector twice."""
+    """Dense, uniform shares, nothing of what may be off as a whole, and random widths, each the nearest rung;
+    no vector twice."""
     ladders = [range(1, n + 1) for n in sizes] if rungs is None else rungs
     random = np.random.default_rng(seed)
-    shares = [np.full(len(sizes), share) for share in SHARES]
+    branches = np.array([0 in ladder for ladder in ladders])
+    shares = [np.where(branches, 1.0, share) for share in SHARES]
+    shares += [np.where(branches, 0.0, 1.0)]
     shares += [random.uniform(LEAST, 1.0, len(sizes)) for _ in range(RANDOM)]
     wanted = (np.asarray(sizes) * share for share in shares)
     found = [tuple(map(_nearest, ladders, widths)) for widths in wanted]

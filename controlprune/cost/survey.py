@@ -120,11 +120,11 @@ def _latency(structure: Structure, bench: Bench) -> tuple[Polynomial, float]:
         seen,
         bench.model,
         bench.deploy_inputs,
-        rungs=[tuple(n for n in rungs if n) for rungs in steps.rungs(structure.sizes)],
-        floors=tuple(max(1, floor) for floor in steps.floors),
+        rungs=steps.rungs(structure.sizes),
+        floors=steps.floors,
         clock=bench.instruments.clock,
     )
-    return found.seconds, math.nan if seen.branches else found.least  # they may be skipped besides
+    return found.seconds, found.least
 
 
 def _energy(seconds: Polynomial, bench: Bench) -> Polynomial:

@@ -16,6 +16,7 @@ from .caches import drop_caches
 from .extents import Extent, groups_in, keep
 from .groups import Structure
 from .sizes import set_sizes
+from .skipping import skip
 
 __all__ = ["at_widths", "first_units", "select_live", "tensors_of"]
 
@@ -35,15 +36,20 @@ def select_live(value: Tensor, extents: Sequence[Extent], masks: Sequence[Tensor
 
 def first_units(model: nn.Module, structure: Structure, widths: Sequence[int]) -> dict[str, Tensor]:
     """Every tensor of the model with the first `widths[g]` units of each group."""
-    masks = [torch.arange(n) < k for n, k in zip(structure.sizes, widths, strict=True)]
+    masks = _first(structure, widths)
     return {n: select_live(t.detach(), structure.tensors[n], masks) for n, t in tensors_of(model).items()}
+
+
+def _first(structure: Structure, widths: Sequence[int]) -> list[Tensor]:
+    return [torch.arange(n) < k for n, k in zip(structure.sizes, widths, strict=True)]
 
 
 @contextmanager
 def at_widths(
     model: nn.Module, structure: Structure, values: Mapping[str, Tensor], widths: Sequence[int] | None
 ) -> Iterator[None]:
-    """Inside, the model's tensors hold `values` and its size attributes are those of `widths`.
+    """Inside, the model's tensors hold `values`, its size attributes are those of `widths`, and branches of
+    width 0 are not run.
 
     What modules cache of their weights is dropped on the way in; `untouched` around it restores that too.
     """
@@ -54,8 +60,10 @@ def at_widths(
             own[name].data = value
         set_sizes(model, structure, widths)
         drop_caches(model)
+        skip(model, structure.branches, None if widths is None else _first(structure, widths))
         yield
     finally:
+        skip(model, structure.branches, None)
         for name, value in before.items():
             own[name].data = value
         set_sizes(model, structure, None)
