@@ -34,7 +34,7 @@ from .hooks import Link
 from .interrupts import uninterrupted
 from .joint import members
 from .masks import Masks, all_on, checked, from_bits, to_bits
-from .place import Place, dense, silence_
+from .place import Place, dense, mask_like, silence_
 from .rest import elsewhere
 
 __all__ = ["EntryPlant"]
@@ -118,8 +118,7 @@ class EntryPlant(BasePlant):
         if bool(mask.all()):
             return None
         weights = place.parameter
-        keep = torch.empty_like(weights, dtype=torch.int8, requires_grad=False)
-        return keep.copy_(self._entries(place, mask).to(weights.device)).neg_()
+        return mask_like(weights).copy_(self._entries(place, mask).to(weights.device)).neg_()
 
     def quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
         for place in self._places:
@@ -185,16 +184,17 @@ class EntryPlant(BasePlant):
         if self._kind is not None and (gradient is None or not bool(dense(gradient).any())):
             place.aside = None
 
-    @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
         place = self._by_id[id(parameter)]
         if self._kind is None:
             place.known = lambda: None
             place.silence_gradient()
-        elif self._later is None:
-            place.put_aside()
-        else:
-            self._later(place.put_aside)
+            return
+        with torch.no_grad():
+            if self._later is None:
+                place.put_aside()
+            else:
+                self._later(place.put_aside)
 
     def _before_forward(self, *_: Any) -> None:
         if not elsewhere():
