@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from controlprune.plant.plant import Plant
 from controlprune.structure import Structure, analyse
@@ -51,7 +52,22 @@ class Shared(Grouped):
         return (self.router(x).softmax(-1) / 2).contiguous().topk(2)
 
 
-FOLLOWED = {"shared": Shared, "grouped": Grouped, "of_logits": OfLogits, "gathered": Gathered}
+class Around(Grouped):
+    """Recomputed as a module, which is told."""
+
+    def scores(self, x: Tensor) -> Scores:
+        logits = checkpoint(self.router, x, use_reentrant=False)
+        assert isinstance(logits, Tensor)
+        return logits.softmax(-1).topk(2)
+
+
+FOLLOWED = {
+    "around": Around,
+    "shared": Shared,
+    "grouped": Grouped,
+    "of_logits": OfLogits,
+    "gathered": Gathered,
+}
 
 
 class Counted(Gathered):
@@ -75,6 +91,22 @@ class Dropped(Grouped):
 
     def scores(self, x: Tensor) -> Scores:
         return nn.functional.dropout(self.router(x).softmax(-1), 0.3, self.training).topk(2)
+
+
+class Again(Grouped):
+    """Recomputed in the backward pass, where no module that could be told who is off is running."""
+
+    def scores(self, x: Tensor) -> Scores:
+        p = checkpoint(self.weights, x, use_reentrant=False)
+        assert isinstance(p, Tensor)
+        return p.topk(2)
+
+    def weights(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.extra).softmax(-1)
+
+    def __init__(self, inner: int = 10) -> None:
+        super().__init__(inner)
+        self.extra = nn.Parameter(torch.randn(4, 8))
 
 
 class Parted(Grouped):
@@ -126,6 +158,7 @@ REFUSED: dict[str, tuple[type[Slabs], str]] = {
     "one_by_one": (OneByOne, "eq takes which: the model's code may tell them by number"),
     "least": (Least, "(topk)"),
     "dropped": (Dropped, "(topk)"),
+    "again": (Again, "softmax runs over its units: with one off"),
     "parted": (Parted, "a router picks whole experts by index"),
     "along_tokens": (AlongTokens, "its units are summed"),
     "kept": (Kept, "the model keeps or returns"),

@@ -13,12 +13,14 @@ A product of two such ints (`heads * head_dim`) is traced as both. The originals
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from .axes import Axis
 from .reading import SizeReader, argument, has_seen, seen_numbers
@@ -145,7 +147,8 @@ class SizeWatcher(SizeReader):
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is nn.functional.linear:
             result = super().called(func, args, kwargs)
-            self.tape.linear(result, argument(args, kwargs, 1, "weight"))
+            if not _run_again():
+                self.tape.linear(result, argument(args, kwargs, 1, "weight"))
             return result
         if not has_seen((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
             return func(*args, **kwargs)
@@ -187,6 +190,16 @@ class SizeWatcher(SizeReader):
         for (key, _), piece in zip(traced.factors, pieces, strict=True):
             if key is not None:
                 self.tape.bind(*key, piece)
+
+
+def _run_again() -> bool:
+    """Inside a checkpoint of the running module's own, which the backward pass runs without the module?"""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _bounded(index: Any) -> bool:
