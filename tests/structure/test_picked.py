@@ -109,6 +109,12 @@ class Again(Grouped):
         self.extra = nn.Parameter(torch.randn(4, 8))
 
 
+class InNumpy(Grouped):
+    def scores(self, x: Tensor) -> Scores:
+        top, picked = super().scores(x)
+        return top * torch.from_numpy(picked.numpy() != 2), picked
+
+
 class Parted(Grouped):
     """Of each half of the experts one."""
 
@@ -159,6 +165,7 @@ REFUSED: dict[str, tuple[type[Slabs], str]] = {
     "least": (Least, "(topk)"),
     "dropped": (Dropped, "(topk)"),
     "again": (Again, "softmax runs over its units: with one off"),
+    "in_numpy": (InNumpy, "leaves torch (numpy, tolist)"),
     "parted": (Parted, "a router picks whole experts by index"),
     "along_tokens": (AlongTokens, "its units are summed"),
     "kept": (Kept, "the model keeps or returns"),

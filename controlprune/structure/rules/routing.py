@@ -139,8 +139,5 @@ def _takes_zero(call: Call, name: str, dim: Dim, found: list[Dims]) -> bool:
 def require_unkept(tape: Tape) -> None:
     """Routers are unfit whose logits or weights outlive the forward: nobody knows what is made of them."""
     for entry in tape.alive():
-        names = {entry.labels, *(dim.logits for dim in entry.dims)}.union(
-            *(dim.routers for dim in entry.dims)
-        )
-        for name in names - {""}:
+        for name in entry.routers:
             tape.unfit.setdefault(name, KEPT)

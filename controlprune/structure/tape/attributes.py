@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from .axes import Axis
-from .reading import SizeReader, argument, has_seen, seen_numbers
+from .reading import GONE, SizeReader, argument, has_seen, seen_numbers
 from .seen import Attribute, Computed, Key, Seen, SeenInt, Size, Term, fit, give, plain
 from .tape import Tape
 
@@ -41,6 +41,7 @@ ARITHMETIC = frozenset(  # of a tensor and a number, which is on the right of it
     for letter in ("", "r", "i")
     for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "divide", "multiply", "pow")
 )
+NUMPY = "what a router gives leaves torch (numpy, tolist): the model's code may tell its units by number"
 PLAIN: Any = SeenInt
 
 
@@ -143,6 +144,11 @@ class SizeWatcher(SizeReader):
     def terms_of(self, tensor: Tensor) -> Sequence[Term]:
         axes = self.tape.axes_of(tensor)
         return super().terms_of(tensor) if axes is None else [Size(axis) for axis in axes]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in GONE:
+            self.tape.taken(args[0], NUMPY)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is nn.functional.linear:

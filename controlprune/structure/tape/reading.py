@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .seen import Seen, SeenInt, Term, give, is_rough, plain
 
-__all__ = ["SizeReader", "argument", "has_seen", "plainly", "seen_numbers"]
+__all__ = ["GONE", "SizeReader", "argument", "has_seen", "plainly", "seen_numbers"]
 
 COUNTS = (Tensor.numel, Tensor.nelement, torch.numel)
 GONE = (Tensor.stride, Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.nbytes.__get__)  # type: ignore[attr-defined]

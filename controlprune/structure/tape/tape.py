@@ -73,6 +73,12 @@ class Entry:
     pending: list[tuple[Axis, str]] = field(default_factory=list)  # pins due once the tensor is used
     labels: str = ""  # its values are positions of what this router chooses among, none of a unit that is off
 
+    @property
+    def routers(self) -> set[str]:
+        """Whose logits, weights or labels it holds."""
+        weights = (dim.routers for dim in self.dims)
+        return {self.labels, *(dim.logits for dim in self.dims)}.union(*weights) - {""}
+
 
 @dataclass
 class Call:
@@ -261,6 +267,12 @@ class Tape:
     def chooses(self, router: str, dim: Dim) -> bool:
         """Is it the very dimension that the router chooses among, not one that was made of it?"""
         return router in self.routers and self.routers[router].root is dim.axis.root
+
+    def taken(self, tensor: Tensor, reason: str) -> None:
+        """Its values go where they are not followed."""
+        known = self._entries.get(tensor)
+        for router in () if known is None else known.routers:
+            self.unfit.setdefault(router, reason)
 
     def covered(self, source: Source) -> Axis:
         """The axis that is zero where the source is."""
