@@ -63,6 +63,11 @@ class Accounts:
         if ENERGY in self.targets:
             self._read_meter()
 
+    @property
+    def timed(self) -> bool:
+        """Is the time of every step counted?"""
+        return TIME in self.targets
+
     def retarget(self, targets: Mapping[str, Target], total_steps: int) -> None:
         """Other limits and horizon from here on; ValueError for time or energy not counted from the start."""
         new = [name for name in targets if name not in self.targets and name != FLOPS]

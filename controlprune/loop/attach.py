@@ -36,10 +36,11 @@ from ..structure.record import batch_size
 from ..structure.surroundings import plainly
 from ..structure.traced import Traced
 from .controller import Controller
+from .ends import require_unattached
 from .metering import Metering
 from .plain_model import require_plain_model
 from .replicas import Replicas, several, unwrapped
-from .run import Run, require_unattached
+from .run import Run
 from .telling import Progress
 from .terms import Terms, resources
 from .together import Together

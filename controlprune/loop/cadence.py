@@ -45,6 +45,14 @@ class Cadence:
             self.idle = 0
             self.blind = 0 if gradients else self.blind + 1
 
+    def regular(self) -> bool:
+        """Is this call of `step` one more after one run each? Then it is counted; there is no trouble."""
+        if self.idle or len(self.gaps) != 1 or 1 not in self.gaps:
+            return False
+        self.gaps[1] += 1
+        self.blind = 0
+        return True
+
     @property
     def usual(self) -> int:
         """n̂; the smaller one of two as frequent."""
@@ -96,7 +104,7 @@ class Strangers:
     """Optimizers that were not given to `attach` and step parameters of its model: each is said once."""
 
     def __init__(self, own: Iterable[Optimizer], parameters: Collection[Tensor]) -> None:
-        self.own = list(own)
+        self.own = {id(optimizer): optimizer for optimizer in own}
         self.parameters = {id(p) for p in parameters}
         self.known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.handle = register_optimizer_step_pre_hook(Link(self, Strangers._look))
@@ -105,13 +113,13 @@ class Strangers:
         self.handle.remove()
 
     def _look(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if optimizer in self.known or any(optimizer is o for o in self.own):
+        if id(optimizer) in self.own or optimizer in self.known:
             return
         self.known.add(optimizer)
         held = sum(id(p) in self.parameters for group in optimizer.param_groups for p in group["params"])
-        if not held or any(o is part for o in self.own for part in inside(optimizer)):
+        if not held or any(o is part for o in self.own.values() for part in inside(optimizer)):
             return
-        mine = ", ".join(type(o).__name__ for o in self.own)
+        mine = ", ".join(type(o).__name__ for o in self.own.values())
         warn(
             f"controlprune: a {type(optimizer).__name__} that the controller does not know steps {held} "
             f"parameters of this model (it is attached to {mine}): what it does is not observed, and its "

@@ -189,7 +189,6 @@ class Controller(Bound):
 
     # --- the loop -------------------------------------------------------------------------------
 
-    @plainly
     def step(self, loss: Tensor | float | None = None) -> None:
         """A training step with this loss is done. Call it after `optimizer.step()`.
 
@@ -198,7 +197,7 @@ class Controller(Bound):
         loop without an optimizer it reads the gradients, so there it comes before `zero_grad`.
         """
         run = at_work(self._run, "step")
-        if self.steps == self.total_steps:
+        if run.steps == run.history.total_steps:
             warn(
                 f"controlprune: step {self.steps + 1} is past total_steps={self.steps}; the masks hold from "
                 "here on",

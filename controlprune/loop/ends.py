@@ -1,19 +1,35 @@
-"""Ends and moves of several plants at once: the model's own and those of the copies that follow it."""
+"""Which models are under control; ends and moves of several plants at once: the model's own and those of the
+copies that follow it."""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..plant.base import BasePlant
 
-__all__ = ["Bound", "abandon", "apply_to_all"]
+__all__ = ["Bound", "abandon", "apply_to_all", "attached", "require_unattached"]
 
 log = logging.getLogger("controlprune")
+# model -> its `Run`
+attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def require_unattached(model: nn.Module) -> None:
+    """RuntimeError if a controller is at work on this model, or on parameters of it."""
+    own = {id(parameter) for parameter in model.parameters()}
+    for other, reference in attached.items():
+        if reference() is None or own.isdisjoint(id(parameter) for parameter in other.parameters()):
+            continue
+        whose = "it" if other is model else f"a {type(other).__name__} that shares parameters with it"
+        raise RuntimeError(
+            f"model: a controller is attached to {whose}; call its finalize() or detach() first"
+        )
 
 
 class Removable(Protocol):

@@ -39,7 +39,7 @@ from ..structure.portable import (
 )
 from ..structure.surroundings import plainly
 from .controller import Controller
-from .run import require_unattached
+from .ends import require_unattached
 
 __all__ = ["load", "save", "whole_plant"]
 

@@ -51,7 +51,7 @@ class Step:
     row: Tensor | None
 
 
-@dataclass
+@dataclass(slots=True)
 class Unread:
     loss: Tensor | float | None  # a tensor while it is on a device, to be fetched with others
     ran: bool  # the optimizer, with gradients
@@ -120,6 +120,18 @@ class Intake:
         if optimizer is None or len(stepped(self.plant.optimizer)) == 1:
             return None
         return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    def passed(self, loss: Tensor | float | None) -> bool:
+        """Does the step only join the unread: it is as steps should be, and nothing was asked of it?"""
+        if not self._gradients or self.owed or self._rows or len(self._unread) >= PATIENCE - 1:
+            return False
+        given = _scalar(self._returned if loss is None else loss, strict=loss is not None)
+        if not self.cadence.regular():
+            return False
+        self.idle = False
+        self._unread.append(Unread(given, True, None, self._live))
+        self._ran, self._gradients, self._returned = False, False, None
+        return True
 
     def after_step(self, loss: object, *, wanted: bool) -> bool:
         """The step is over; should it be read now? On the host reading is cheap, but rows take memory.

@@ -72,6 +72,15 @@ class Metering:
         """And ends."""
         self._spent += self._clock() - self._entered
 
+    @property
+    def timed(self) -> bool:
+        """Must each step be clocked?"""
+        return self.accounts.timed
+
+    def passed(self) -> None:
+        """A training step is over that needs no clock."""
+        self.accounts.step(self.use)
+
     def step(self) -> None:
         """A training step is over, the controller at work."""
         self.leave()

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..budget import Budget, Price
@@ -30,13 +30,13 @@ from ..plant.hooks import Link
 from ..plant.interrupts import uninterrupted
 from ..plant.joint import members, stepped
 from ..plant.layout import Changed
-from ..policies.base import Decision, Observation, Policy
+from ..policies.base import Decision, Observation, Policy, Wants
 from ..state.checkpoint import Checkpoints
 from ..structure.groups import widths_of
 from ..structure.saying import warn
 from ..structure.surroundings import plainly
 from .cadence import Strangers
-from .ends import abandon, apply_to_all
+from .ends import abandon, apply_to_all, attached
 from .history import Record, history_of
 from .intake import Intake, when_closed
 from .metering import AGAIN, Metering
@@ -45,21 +45,7 @@ from .replicas import Replicas, digest
 from .telling import News, tell_attached
 from .terms import Terms
 
-__all__ = ["Run", "attached", "require_unattached"]
-
-attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Run]] = weakref.WeakKeyDictionary()
-
-
-def require_unattached(model: nn.Module) -> None:
-    """RuntimeError if a controller is at work on this model, or on parameters of it."""
-    own = {id(parameter) for parameter in model.parameters()}
-    for other, reference in attached.items():
-        if reference() is None or own.isdisjoint(id(parameter) for parameter in other.parameters()):
-            continue
-        whose = "it" if other is model else f"a {type(other).__name__} that shares parameters with it"
-        raise RuntimeError(
-            f"model: a controller is attached to {whose}; call its finalize() or detach() first"
-        )
+__all__ = ["Run"]
 
 
 class Run:
@@ -151,11 +137,14 @@ class Run:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """The optimizer is called: it is observed when it has its gradients."""
+        if len(args) == 1 and not kwargs:  # no closure
+            return self._see(optimizer, None)
         return when_closed(args, kwargs, lambda returned: self._see(optimizer, returned))
 
     def _see(self, optimizer: Optimizer | None, returned: object) -> None:
         """Are there gradients, and are they to be read?"""
-        self.checkpoints.require_admitted()
+        if self.checkpoints.waiting:
+            self.checkpoints.require_admitted()
         gradients = self.intake.ran(optimizer, returned)
         awaited = self.wants.gradients or self.intake.owed
         if gradients and awaited and not self._blind and not self._stuck:
@@ -184,7 +173,27 @@ class Run:
         """A training step with this loss is done."""
         if self.plant.optimizer is None:
             self._see(None, None)
-        started = time.process_time()
+        began = time.perf_counter()
+        if self._passed(loss):  # to ask for CPU time would take a tenth of it
+            self.overhead += time.perf_counter() - began
+        else:
+            started = time.process_time()
+            self._step(loss)
+            self.overhead += time.process_time() - started
+
+    def _passed(self, loss: Tensor | float | None) -> bool:
+        """Was this one of the many steps of which nothing is wanted? Then it is counted, and no more."""
+        if not self._calm or self.postponed or self.plant.rests or not self.intake.passed(loss):
+            return False
+        self.steps += 1
+        self.metering.passed()
+        coming = self.policy.wants(self.steps + 1)
+        if coming is not self.wants:
+            self._prepare(coming)
+        return True
+
+    @plainly
+    def _step(self, loss: Tensor | float | None) -> None:
         self.metering.enter()
         self.plant.rest()
         try:
@@ -198,7 +207,6 @@ class Run:
         finally:
             self.expect()
         self.metering.leave()
-        self.overhead += time.process_time() - started
 
     @uninterrupted
     def _catch_up(self) -> None:
@@ -212,7 +220,11 @@ class Run:
 
     def expect(self) -> None:
         """What the policy wants of the step that comes: asked once, and whenever it may have changed."""
-        wants = self.wants = self.policy.wants(self.steps + 1)
+        self._prepare(self.policy.wants(self.steps + 1))
+
+    def _prepare(self, wants: Wants) -> None:
+        self.wants = wants
+        self._calm = not (wants.gradients or wants.decision or self.metering.timed)
         awaited = wants.gradients or self.intake.owed or not self.intake.cadence.even
         self.plant.expect(wants.kind if awaited else None)
         if wants.gradients or wants.decision:

@@ -146,6 +146,11 @@ class BasePlant(ABC):
     def rest(self) -> None:
         """What is dormant stands as it does between two steps, whatever was written since."""
 
+    @property
+    def rests(self) -> bool:
+        """Is there anything that `rest` sees to?"""
+        return True
+
     @abstractmethod
     def read_later(self, later: Later) -> None:
         """Gradients are averaged over replicas: `later` calls back when they are, in every backward pass."""

@@ -136,7 +136,8 @@ class Plant(BasePlant):
                 widths = widths_of(masks) if compact else self.structure.sizes
                 set_sizes(self.model, self.structure, widths)
             if changed:
-                undo.callback(count_live, self.model, self.structure, self._heard)
+                heard = None if self.compact else self.masks  # what norms take their statistics over
+                undo.callback(count_live, self.model, self.structure, heard)
                 count_live(self.model, self.structure, None if compact else masks)
                 drop_caches(self.model)
             skip(self.model, branches, masks if compact else None)
@@ -153,11 +154,6 @@ class Plant(BasePlant):
         self.masks, self.compact = masks, compact
         self._unhook()
         self._hook(tensors)
-
-    @property
-    def _heard(self) -> Masks | None:
-        """What norms take their statistics over; None: all that they get."""
-        return None if self.compact else self.masks
 
     def follow_tensors(self) -> None:
         self._follow(self.tensors())
@@ -186,6 +182,10 @@ class Plant(BasePlant):
         """What is dormant stands as it does between two steps, whatever was written since (masked layout)."""
         if self._rest is not None:
             self._rest.between()
+
+    @property
+    def rests(self) -> bool:
+        return self._rest is not None
 
     def quiet(self, state: Mapping[str, Any], prefix: str) -> bool:
         """Is nothing of dormant units read in this dense state dict?"""

@@ -116,6 +116,10 @@ class SeveralPlants(BasePlant):
         for part in self.parts:
             part.rest()
 
+    @property
+    def rests(self) -> bool:
+        return any(part.rests for part in self.parts)
+
     def read_later(self, later: Later) -> None:
         for part in self.parts:
             part.read_later(later)
