@@ -1,6 +1,6 @@
 """A sharded run for torchrun: masks at step 4, a shrink at 7, saved every third step; goes on from the last.
 
-torchrun elastic.py FOLDER [dies | lags]     rank 1, in its first shrink
+torchrun elastic.py FOLDER [dies | lags | falls]     rank 1: in its first shrink, falls: after a save
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from controlprune.plant import sharded
 
-STEPS, MASKED, SHRUNK, EVERY = 12, 4, 7, 3
+STEPS, MASKED, SHRUNK, EVERY, FALL = 12, 4, 7, 3, 8
 LAG = 1.0  # seconds, of each of three tensors
 
 
@@ -33,6 +33,12 @@ def train(run: Run, step: int) -> None:
     run.train(1)
 
 
+def die(folder: Path) -> None:
+    """Once only: a restart finds that it has died."""
+    (folder / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def troubled(folder: Path, trouble: str) -> None:
     """From here on the third tensor that rank 1 lays out is its last, or the first three take long."""
     relay, done = sharded.relay, []
@@ -40,8 +46,7 @@ def troubled(folder: Path, trouble: str) -> None:
     def slowly(kept: Any, whole: Tensor) -> None:
         done.append(kept)
         if trouble == "dies" and len(done) == 3:
-            (folder / "died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            die(folder)
         if trouble == "lags" and len(done) <= 3:
             time.sleep(LAG)
         relay(kept, whole)
@@ -55,9 +60,12 @@ def main(folder: Path, trouble: str = "") -> None:
     saved = sorted(folder.glob("step *"), key=lambda path: int(path.name.split()[1]))
     if saved:
         load(run, saved[-1])
-    if dist.get_rank() == 1 and trouble and not (folder / "died").exists():
+    here = dist.get_rank() == 1 and not (folder / "died").exists()
+    if here and trouble:
         troubled(folder, trouble)
     while run.controller.steps < STEPS:
+        if here and trouble == "falls" and run.controller.steps == FALL:
+            die(folder)
         train(run, run.controller.steps)
         if run.controller.steps % EVERY == 0:
             save(run, folder / "part")
