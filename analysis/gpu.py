@@ -13,13 +13,19 @@
     layers     whole residual branches dropped: share of the FLOPs -> forward
 
 Sides take turns and the clock is read when the device is done (analysis/speed.py): ratios with bootstrap
-intervals. A piece that is in the file is not run again; after `--minutes` the next piece is not begun.
+intervals. A piece that is in the file is not run again; after `--minutes` the next piece is not begun. One
+that raises is a row too, with its error and traceback; the others go on, and it is run again the next time.
+
+Whole runs count all of theirs, compilation too: each begins with nothing compiled (neither dynamo's code,
+whose limit of recompilations they would share, nor inductor's caches), on a device that is awake.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -198,6 +204,8 @@ def train(
     if budget is not None:
         controller = cp.attach(model, optimizer, budget=budget, example_inputs=(x,), total_steps=steps,
                                park_on=park or None)  # fmt: skip
+    if compiled:
+        torch.compiler.reset()
     forward = torch.compile(model, backend=compiled) if compiled else model
     now, losses = device_clock(card.device), []
     began = now()
@@ -320,6 +328,25 @@ SECTIONS: Mapping[str, Callable[[Card], Iterator[Piece]]] = {
 }
 
 
+def found_by(find: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What it finds, or what it raised: one piece that fails costs no other."""
+    try:
+        return dict(find())
+    except Exception as error:
+        return {
+            "error": f"{type(error).__name__}: {error}"[:2000],
+            "traceback": traceback.format_exc()[-4000:],
+        }
+
+
+def wake(card: Card) -> None:
+    """Context, libraries and clocks of the device, before anything is timed."""
+    layer = nn.Linear(256, 256, device=card.device)
+    for _ in range(20):
+        layer(torch.ones(256, 256, device=card.device)).sum().backward()
+    device_clock(card.device)()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -332,19 +359,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is here; --device cpu --quick tries the code")
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # read when inductor is first imported
     card = Card(torch.device(options.device), options.quick)
+    wake(card)
     name = torch.cuda.get_device_name() if card.device.type == "cuda" else options.device
     results, until = Results(options.out), time.monotonic() + 60 * options.minutes
     for section in options.sections or SECTIONS:
         for piece, find in SECTIONS[section](card):
             key = {"section": section, "piece": piece, "device": name, "quick": options.quick}
-            if results.has(**key):
+            if any("error" not in row for row in results.having(**key)):
                 continue
             if time.monotonic() > until:
                 print(f"{options.minutes:g} minutes are over: run it again to go on", flush=True)
                 return
             began = time.monotonic()
-            row = key | dict(find()) | {"took": round(time.monotonic() - began, 1)} | machine()
+            row = key | found_by(find) | {"took": round(time.monotonic() - began, 1)} | machine()
             results.append([row])
             print({k: v for k, v in row.items() if k not in machine()}, flush=True)
 
