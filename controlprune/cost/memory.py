@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..structure.extents import Extent, Fixed, size
 from ..structure.groups import Structure, Work
 from ..structure.record import ExampleInputs, call_model, copied, input_tensors, module_names
-from ..structure.tape.tape import storage_of
+from ..structure.tape.memory import storage_of
 from ..structure.untouched import untouched
 from .optimizer_state import kept_state
 from .polynomial import Polynomial

@@ -1,6 +1,7 @@
 """`attach(granularity=…)`, read once.
 
 "channel"      channels, neurons, heads, experts                   (channels.py)
+"channel+head_dim": and columns of queries and keys    (channels.py)
 "weight"       single weights                                      (weights.py)
 "state"        states of state-space layers                        (states.py)
 "layer"        whole residual branches, "channel+layer": and channels   (layers.py)
@@ -29,7 +30,8 @@ __all__ = ["granularity_of"]
 
 NAMED = {"channel": Channels, "weight": Weights, "state": States, "layer": Layers}
 PATTERNS = '"2:4" (any N:M), "block:64x32" (any RxC)'
-KNOWN = ", ".join([*(f'"{name}"' for name in NAMED), '"channel+layer"', PATTERNS, "or a dict"])
+PAIRS = '"channel+layer"', '"channel+head_dim"'
+KNOWN = ", ".join([*(f'"{name}"' for name in NAMED), *PAIRS, PATTERNS, "or a dict"])
 
 
 def granularity_of(given: object) -> Granularity:
@@ -39,6 +41,8 @@ def granularity_of(given: object) -> Granularity:
     if isinstance(given, str):
         if given in NAMED:
             return NAMED[given]()
+        if given == "channel+head_dim":
+            return Channels(head_dim=True)
         if given == "channel+layer":
             return Layers(channels=True)
         if found := re.fullmatch(r"(\d+):(\d+)", given):

@@ -32,7 +32,7 @@ class Cut:
 
 
 Cuts = Mapping[int, Cut]  # dimension -> its positions, for dimensions with dormant ones
-CutKey = tuple[Extent, frozenset[int], torch.device]
+CutKey = tuple[Extent, Extent, frozenset[int], torch.device]
 
 
 def at(cuts: Cuts, part: Part) -> dict[int, Tensor]:
@@ -46,29 +46,29 @@ def along(cuts: Cuts, dims: Iterable[int]) -> dict[int, Cut]:
 
 
 def heard(extent: Extent, reads: frozenset[int], masks: Sequence[Tensor]) -> Tensor:
-    """Which positions do not read a dormant unit of the groups `reads`."""
+    """Which positions do not read a dormant unit of the groups `reads`; `extent`: of those that read."""
     return keep(extent, {g: masks[g] if g in reads else torch.ones_like(masks[g]) for g in groups_in(extent)})
 
 
-def cut(extent: Extent, reads: frozenset[int], masks: Sequence[Tensor]) -> Cut | None:
-    """On the host; None: nothing is dormant."""
+def cut(extent: Extent, reader: Extent, reads: frozenset[int], masks: Sequence[Tensor]) -> Cut | None:
+    """On the host; None: nothing is dormant. `reader`: `extent`, fixed where positions do not read."""
     live = keep(extent, masks)
     if bool(live.all()):
         return None
-    listens = heard(extent, reads, masks)
+    listens = heard(reader, reads, masks)
     return Cut(*(where.nonzero().flatten() for where in (live, ~live, ~listens, listens & ~live)))
 
 
 def cuts_at(keys: Iterable[CutKey], masks: Sequence[Tensor]) -> dict[CutKey, Cut | None]:
     """The cuts of these dimensions, each worked out once, on their devices."""
-    here: dict[tuple[Extent, frozenset[int]], Cut | None] = {}
+    here: dict[tuple[Extent, Extent, frozenset[int]], Cut | None] = {}
     found: dict[CutKey, Cut | None] = {}
     for key in dict.fromkeys(keys):
-        if key[:2] not in here:
-            here[key[:2]] = cut(*key[:2], masks)
-        found[key] = here[key[:2]]
-    for device in {key[2] for key in found}:
-        there = [key for key, one in found.items() if key[2] == device and one is not None]
+        if key[:3] not in here:
+            here[key[:3]] = cut(*key[:3], masks)
+        found[key] = here[key[:3]]
+    for device in {key[3] for key in found}:
+        there = [key for key, one in found.items() if key[3] == device and one is not None]
         parts = [part for key in there for part in vars(found[key]).values()]
         indices = iter(sent(parts, device))
         found |= {key: Cut(*(next(indices) for _ in range(4))) for key in there}

@@ -190,11 +190,12 @@ def gather(
     starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
     places: list[Place] = []
     alike: dict[object, list[int]] = {}
-    told: dict[tuple[Extent, frozenset[int], bool], _Told] = {}
+    told: dict[tuple[Extent, Extent, frozenset[int], bool], _Told] = {}
     where, unit = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     offset = 0
     for spot, dim in [(s, dim) for s in spots for dim in s.reads]:
-        key = spot.extents[dim], spot.reads[dim], dim in spot.cuts
+        extent = spot.extents[dim]
+        key = extent, spot.readers.get(dim, extent), spot.reads[dim], dim in spot.cuts
         one = told[key] = told.get(key) or _told(*key, masks, compact, starts)
         alike.setdefault(_kind(tensors[spot.name], dim, len(places)), []).append(len(places))
         places += [Place(spot, dim, False, one.live)]
@@ -272,6 +273,7 @@ class _Told:
 
 def _told(
     extent: Extent,
+    reader: Extent,
     reads: frozenset[int],
     cut: bool,
     masks: Sequence[Tensor],
@@ -280,12 +282,12 @@ def _told(
 ) -> _Told:
     live = keep(extent, masks)
     silent = (
-        (~heard(extent, reads, masks)).nonzero().flatten() if cut else live.new_zeros(0, dtype=torch.int64)
+        (~heard(reader, reads, masks)).nonzero().flatten() if cut else live.new_zeros(0, dtype=torch.int64)
     )
     length = int(live.sum()) if compact else len(live)
     where, unit = [], []
     for group in sorted(reads):
-        units = labels(extent, group)
+        units = labels(reader, group)
         others = {g: torch.ones_like(masks[g]) if g == group else masks[g] for g in groups_in(extent)}
         counted = (units >= 0) & keep(extent, others)
         here, gone = counted & live, counted & ~live

@@ -120,6 +120,7 @@ class Spot:
     is_parameter: bool
     reads: Mapping[int, frozenset[int]]  # dimension -> groups whose output it is contracted with
     groups: frozenset[int]
+    readers: Mapping[int, Extent] = field(default_factory=dict)  # where a part of a dimension reads: that
     cuts: Cuts = field(default_factory=dict)
     home: Tensor | None = None
     state_home: dict[str, Tensor] = field(default_factory=dict)
@@ -131,7 +132,10 @@ class Spot:
 
     def keys(self, device: torch.device) -> list[CutKey]:
         """Of its dimensions."""
-        return [(extent, self.reads.get(d, frozenset()), device) for d, extent in enumerate(self.extents)]
+        return [
+            (extent, self.readers.get(d, extent), self.reads.get(d, frozenset()), device)
+            for d, extent in enumerate(self.extents)
+        ]
 
 
 @dataclass(frozen=True)

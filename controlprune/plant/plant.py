@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..structure.caches import drop_caches
-from ..structure.extents import groups_in
+from ..structure.extents import Extent, groups_in
 from ..structure.groups import Structure, widths_of
 from ..structure.sizes import set_sizes
 from ..structure.skipping import off, remove, skip
@@ -374,13 +374,16 @@ class Plant(BasePlant):
 
 def spots_of(structure: Structure) -> tuple[Spot, ...]:
     reads: dict[str, dict[int, set[int]]] = {}
+    parts: dict[str, dict[int, Extent]] = {}
     for g, group in enumerate(structure.groups):
         for s in group.readers:
             reads.setdefault(s.tensor, {}).setdefault(s.dim, set()).add(g)
+            if s.partial:
+                parts.setdefault(s.tensor, {})[s.dim] = s.extent  # the same of all groups
     found = []
     for name, extents in structure.tensors.items():
         groups = frozenset().union(*(groups_in(extent) for extent in extents))
         if groups:
             read = {dim: frozenset(which) for dim, which in reads.get(name, {}).items()}
-            found.append(Spot(name, extents, name in structure.parameters, read, groups))
+            found.append(Spot(name, extents, name in structure.parameters, read, groups, parts.get(name, {})))
     return tuple(found)

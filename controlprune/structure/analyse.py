@@ -19,6 +19,7 @@ from .saying import printable
 from .sizes import bind_module_attributes
 from .surroundings import plainly
 from .tape.build import build
+from .tape.rows import Rows
 from .tape.tape import Tape
 from .untouched import Memory, untouched
 from .verify import verify
@@ -32,24 +33,26 @@ def analyse(
     *,
     ignored_layers: Sequence[nn.Module | str] = (),
     check: bool = True,
+    head_dim: bool = False,
 ) -> Structure:
     """Groups, refusals, extents of every tensor, and counted work of `model` on `example_inputs`.
 
     `example_inputs`: a tuple (positional), a dict (keywords) or one tensor. `ignored_layers`: modules or
     their names, left alone. `check`: try masked against shrunk on the model, and refuse what disagrees.
+    `head_dim`: index spaces over which two activations are multiplied too (structure/tape/rows.py).
     """
     ignored = tensors_in(model, ignored_layers)
     example_inputs = _on_meta(model, example_inputs)
     with untouched(model, example_inputs):
-        structure, trains = _traced(model, example_inputs, ignored)
+        structure, trains = _traced(model, example_inputs, ignored, Rows() if head_dim else None)
         return verify(model, example_inputs, structure, trains=trains) if check else structure
 
 
 def _traced(
-    model: nn.Module, example_inputs: ExampleInputs, ignored: Collection[str]
+    model: nn.Module, example_inputs: ExampleInputs, ignored: Collection[str], rows: Rows | None
 ) -> tuple[Structure, bool]:
     """What two forward passes tell, and whether there is one in training mode."""
-    tape, memory = Tape(model, norms=recognised(model)), Memory(model, weights=False)
+    tape, memory = Tape(model, norms=recognised(model), rows=rows), Memory(model, weights=False)
     with memory.kept():
         model.eval()
         try:

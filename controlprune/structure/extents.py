@@ -31,7 +31,19 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Concat", "Extent", "Fixed", "Product", "Units", "Window", "groups_in", "keep", "labels", "size"]
+__all__ = [
+    "Concat",
+    "Extent",
+    "Fixed",
+    "Product",
+    "Units",
+    "Window",
+    "groups_in",
+    "keep",
+    "labels",
+    "only",
+    "size",
+]
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,39 @@ def labels(extent: Extent, group: int) -> Tensor:
             return torch.cat([labels(part, group) for part in parts])
         case Window(whole, start, length):
             return labels(whole, group)[start : start + length]
+
+
+def only(extent: Extent, where: Tensor) -> Extent:
+    """As long, with the units that stand at the positions `where` (bool), the others fixed.
+
+    ValueError if no term says so: some units of a group stand there, others do not.
+    """
+    length = size(extent)
+    if bool(where.all()) or isinstance(extent, Fixed):
+        return extent
+    if not bool(where.any()):
+        return Fixed(length)
+    match extent:
+        case Concat(parts):
+            pieces = where.split([size(part) for part in parts])
+            return Concat(tuple(only(part, piece) for part, piece in zip(parts, pieces, strict=True)))
+        case Product((outer, *rest)) if rest:
+            inner = rest[0] if len(rest) == 1 else Product(tuple(rest))
+            rows, runs = torch.unique_consecutive(where.view(size(outer), -1), dim=0, return_counts=True)
+            if len(rows) == 1:
+                return Product((outer, only(inner, rows[0])))
+            if isinstance(outer, Concat):
+                pieces = where.split([size(part) * size(inner) for part in outer.parts])
+                products = (Product((part, inner)) for part in outer.parts)
+                return Concat(tuple(only(*pair) for pair in zip(products, pieces, strict=True)))
+            if isinstance(outer, Fixed):
+                pieces = (only(inner, row) for row in rows)
+                return Concat(tuple(_times(int(n), piece) for n, piece in zip(runs, pieces, strict=True)))
+    raise ValueError(f"{extent} at some of its positions")
+
+
+def _times(n: int, extent: Extent) -> Extent:
+    return extent if n == 1 else Product((Fixed(n), extent))
 
 
 def groups_in(extent: Extent) -> frozenset[int]:

@@ -5,7 +5,8 @@ Everything here is frozen and framework-free: names and terms, no tensors of the
 - A **slice** is one dimension of one named parameter or buffer, as an `Extent` over groups. Its role for
   a group says what switching a unit off does there: a `reader` is contracted with the unit's output
   (the next layer's columns; zeroing them removes the unit exactly, whatever the activation), a
-  `producer` computes the unit or is applied to it unit by unit (rows, biases, norm entries).
+  `producer` computes the unit or is applied to it unit by unit (rows, biases, norm entries). Of a fused
+  projection of queries and keys only the rows of the keys read: it is a partial reader, and a producer.
 - **Work** is one counted operator: `FLOPs = coefficient × Π size(factor)`, as torch's FlopCounterMode
   counts it (a multiply-add is 2).
 - **Traffic** is what one operator writes: `bytes = coefficient × Π size(factor)`, the factors being the
@@ -46,12 +47,13 @@ Role = Literal["reader", "producer"]
 
 @dataclass(frozen=True)
 class Slice:
-    """Dimension `dim` of the parameter or buffer called `tensor`."""
+    """Dimension `dim` of the parameter or buffer called `tensor`; of a `partial` reader, what reads of it."""
 
     tensor: str
     dim: int
-    extent: Extent
+    extent: Extent  # partial: fixed where it does not read
     role: Role
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Group:
     least: int = 0  # the narrowest; 0: as the grid says
     returns: bool = True  # may a unit that is off come back?
     optional: bool = False  # may every unit be off?
+    met: bool = False  # are two activations multiplied and summed over it (as queries and keys are)?
 
     @property
     def readers(self) -> tuple[Slice, ...]:

@@ -25,6 +25,7 @@ __all__ = ["masks_from_json", "masks_to_json", "misfit", "structure_from_json", 
 
 
 def structure_to_json(structure: Structure) -> dict[str, Any]:
+    """Which part of a dimension reads is not said: a file holds the compact layout alone."""
     return {
         "groups": [
             {
@@ -32,7 +33,10 @@ def structure_to_json(structure: Structure) -> dict[str, Any]:
                 "size": g.size,
                 "kind": g.kind,
                 **({"optional": True} if g.optional else {}),
-                "slices": [[s.tensor, s.dim, _extent_to_json(s.extent), s.role] for s in g.slices],
+                "slices": [
+                    [s.tensor, s.dim, _extent_to_json(structure.tensors[s.tensor][s.dim]), s.role]
+                    for s in g.slices
+                ],
             }
             for g in structure.groups
         ],

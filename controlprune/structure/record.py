@@ -28,12 +28,14 @@ from .rules import reduction as rules_reduction
 from .rules import spatial as rules_spatial
 from .rules import views as rules_views
 from .rules.elementwise import elementwise
+from .rules.following import follow
 from .rules.routing import require_fit, require_unkept
 from .rules.table import fresh, lookup, taint
 from .surroundings import as_found
 from .tape.attributes import SizeWatcher, traced_attributes
+from .tape.memory import storage_of
 from .tape.seen import listening
-from .tape.tape import Call, Dims, Rule, Tape, storage_of
+from .tape.tape import Call, Dims, Rule, Tape
 
 __all__ = [
     "ExampleInputs",
@@ -89,6 +91,8 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         call.outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         self._write(rule or taint, call)
+        if self.tape.rows is not None:
+            follow(self.tape, self.tape.rows, call, func, args, kwargs)
         return result
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Call:

@@ -14,7 +14,7 @@ from .groups import SizeAttribute, Structure
 from .heads import OwnHeads
 from .standins import no_fused_layers, restore, stand_in
 from .tape.axes import Axis, pin
-from .tape.tape import MEET, Tape
+from .tape.tape import MEET, SCALE, Tape
 
 __all__ = ["bind_module_attributes", "get_size", "let_heads_leave", "set_size", "set_sizes"]
 
@@ -160,7 +160,7 @@ def _bind_attention(tape: Tape, path: str, module: nn.MultiheadAttention) -> Non
     inner = _axis(tape, path, "out_proj.weight", 1)
     if inner is not None:
         heads, member = tape.regroup([inner], [module.num_heads, module.head_dim])
-        pin(member, MEET)
+        pin(member, MEET if tape.rows is None else SCALE)
         tape.bind(path, "num_heads", None, heads)
     for attribute, letter in (("embed_dim", "q"), ("kdim", "k"), ("vdim", "v")):
         weight = "in_proj_weight" if module._qkv_same_embed_dim else f"{letter}_proj_weight"

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ..tape.axes import Axis
 from ..tape.dims import ENDS, OFF
-from ..tape.tape import Call, Dim, Dims, Read, Tape
+from ..tape.tape import Call, Dim, Dims, Operands, Read, Tape
 from .elementwise import elementwise
 from .table import fresh, rule, taint
 
@@ -34,6 +35,15 @@ def _weight_first(call: Call, left: str, right: str) -> bool:
     return call.weight(left) and not call.weight(right)
 
 
+def _operands(call: Call, left: str, right: str, dims: tuple[int, int] = (-1, -2)) -> Operands:
+    """Both tensors, and over which dimension of each is summed."""
+    return [
+        (tensor, dim)
+        for name, dim in zip((left, right), dims, strict=True)
+        if isinstance(tensor := call.arguments[name], Tensor)
+    ]
+
+
 def _both_weights(call: Call, left: str, right: str) -> bool:
     return call.weight(left) and call.weight(right)
 
@@ -41,7 +51,8 @@ def _both_weights(call: Call, left: str, right: str) -> bool:
 @rule("mm")
 def mm(tape: Tape, call: Call) -> list[Dims]:
     (n, k), (k2, m) = call.dims("self"), call.dims("mat2")
-    axis = tape.contract(k, k2, weight_first=_weight_first(call, "self", "mat2"))
+    first, operands = _weight_first(call, "self", "mat2"), _operands(call, "self", "mat2")
+    axis = tape.contract(k, k2, weight_first=first, operands=operands)
     tape.count("mm", 2, n.axis, axis, m.axis)
     return [_out(n, m, weight=_both_weights(call, "self", "mat2"))]
 
@@ -56,7 +67,8 @@ def _add_bias(tape: Tape, bias: Dims, out: Dims) -> Dims:
 @rule("addmm", "_addmm_activation")
 def addmm(tape: Tape, call: Call) -> list[Dims]:
     (n, k), (k2, m) = call.dims("mat1"), call.dims("mat2")
-    axis = tape.contract(k, k2, weight_first=_weight_first(call, "mat1", "mat2"))
+    first, operands = _weight_first(call, "mat1", "mat2"), _operands(call, "mat1", "mat2")
+    axis = tape.contract(k, k2, weight_first=first, operands=operands)
     tape.count("addmm", 2, n.axis, axis, m.axis)
     return [_add_bias(tape, call.dims("self"), _out(n, m))]
 
@@ -64,7 +76,8 @@ def addmm(tape: Tape, call: Call) -> list[Dims]:
 def _bmm(tape: Tape, call: Call, left: str, right: str, operator: str) -> Dims:
     """Where the slice of a parameter is zero for one of the batch, so is that one's product."""
     (b, n, k), (b2, k2, m) = call.dims(left), call.dims(right)
-    axis = tape.contract(k, k2, weight_first=_weight_first(call, left, right))
+    first, operands = _weight_first(call, left, right), _operands(call, left, right)
+    axis = tape.contract(k, k2, weight_first=first, operands=operands)
     batch = Dim(tape.unify(b.axis, b2.axis), b.computed.sources | b2.computed.sources)
     tape.count(operator, 2, batch.axis, n.axis, axis, m.axis)
     return [batch, *_out(n, m, weight=_both_weights(call, left, right))]
@@ -153,7 +166,7 @@ def attention(tape: Tape, call: Call) -> list[Dims]:
     (*batch, heads, t, d), (*_, kv, s, dk), (*_, kv2, s2, e) = (
         call.dims(a) for a in ("query", "key", "value")
     )
-    tape.contract(d.plain, dk.plain)
+    tape.contract(d.plain, dk.plain, operands=_operands(call, "query", "key", (-1, -1)))
     tape.unify(s.axis, s2.axis)
     tape.pin(s.axis, "softmax runs over it")
     tape.unify(kv.axis, kv2.axis)

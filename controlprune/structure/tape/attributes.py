@@ -19,11 +19,12 @@ from contextlib import contextmanager
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias, TypeGuard
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from .axes import Axis
-from .reading import GONE, SizeReader, argument, has_seen, seen_numbers
+from .reading import GONE, SizeReader, argument, has_seen, seen_numbers, take_all
 from .seen import Attribute, Computed, Key, Seen, SeenInt, Size, Term, fit, give, plain
 from .tape import Tape
 
@@ -151,7 +152,10 @@ class SizeWatcher(SizeReader):
         return super().__torch_function__(func, types, args, kwargs)
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func is nn.functional.linear:
+        self.tape.unscaled = func is F.scaled_dot_product_attention and kwargs.get("scale") is None
+        if self.tape.rows is not None and getattr(func, "__name__", "") not in SIZED:
+            take_all(args, kwargs)
+        if func is F.linear:
             result = super().called(func, args, kwargs)
             if not _run_again():
                 self.tape.linear(result, argument(args, kwargs, 1, "weight"))
@@ -393,3 +397,4 @@ WATCHED: dict[str, Watch] = {
     "conv2d": _convolution,
     "conv3d": _convolution,
 }  # fmt: skip
+SIZED = (WATCHED.keys() | {"chunk", "tensor_split", "unfold", "pad"}) - {"scaled_dot_product_attention"}

@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "MISFIT",
     "Axis",
     "Misfit",
     "concat",

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..extents import Concat, Extent, Fixed, Product, Units, groups_in
-from ..groups import Group, LiveNorm, LiveRouter, Refusal, Role, SizeAttribute, Slice, Structure, Work
+from ..extents import Concat, Extent, Fixed, Product, Units, groups_in, labels, only
+from ..groups import Group, LiveNorm, LiveRouter, Refusal, SizeAttribute, Slice, Structure, Work
 from ..guards import Guard, Quantity, Reckoned, groups_of
-from .axes import Axis, factors_of, leaves, parts_of, pin
-from .seen import Attribute, Computed, Size, Term
+from .axes import MISFIT, Axis, factors_of, leaves, parts_of, pin
+from .seen import NUMBER, UNKNOWN, VALUE, Attribute, Computed, Size, Term
 from .tape import MEET, Source, Tape, TracedWork
 
 __all__ = ["ALIGNED", "build"]
@@ -24,6 +26,10 @@ PICKED = "a router picks some of its units, and its code cuts them into parts"
 ALL = "a router picks every one of its units"
 LISTED = "softmax runs over its units, and they are taken one by one: modules of a list can't leave it"
 COMPUTED = "softmax runs over its units, and how many there are is a number that tensors are computed with"
+COMPUTES = (
+    "the model computes with its size as it runs (a scale?): make that a number it keeps, as self.scale"
+)
+SHARED = "what computes it is used for more than this product of two activations"
 ALIGNED = 8  # elements: grouped_mm wants rows of a multiple of 16 bytes
 
 
@@ -34,6 +40,8 @@ def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
             pin(axis, "in ignored_layers")
     _pin_repeated(tape)
     _pin_unfit(tape)
+    _pin_shared(tape)
+    _pin_numbers(tape)
     _pin_unread(tape)
     read = _sources_by_leaf(tape.reads_by_source())
     places = _places(tape)
@@ -41,12 +49,14 @@ def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
     for leaf, where in places.items():
         if not any(name in tape.used for name, _ in where):
             pin(leaf, "the forward on the example inputs does not use it")
-        _pin_unprunable(leaf, where, read, trainable)
-    numbers: dict[Axis, int] = {}
-    for leaf in places:
-        if leaf.reason is None and leaf.size > 1:
-            numbers[leaf] = len(numbers)
-    return _structure(tape, numbers, places, read)
+        _pin_unprunable(leaf, where, read, _partial(tape), trainable)
+    _pin_unplaced(tape, _numbers(places))
+    return _structure(tape, _numbers(places), places, read)
+
+
+def _numbers(places: Iterable[Axis]) -> dict[Axis, int]:
+    """The leaves that are groups, numbered in their order."""
+    return {leaf: n for n, leaf in enumerate(x for x in places if x.reason is None and x.size > 1)}
 
 
 def _places(tape: Tape) -> dict[Axis, list[Source]]:
@@ -126,14 +136,72 @@ def _pin_unread(tape: Tape) -> None:
                 pin(leaf, MEET)
 
 
+def _pin_shared(tape: Tape) -> None:
+    """Rows that read a unit are heard by nothing else, and no parameter reads with them."""
+    if tape.rows is None:
+        return
+    plain = {source for event in tape.reads if not event.rows for source in event.sources}
+    read_twice = [event.axis for event in tape.rows.events if plain & event.where.keys()]
+    for axis in (*tape.rows.shared(), *read_twice):
+        pin(axis, SHARED)
+
+
+def _pin_numbers(tape: Tape) -> None:
+    """The size of what meets is no number that is computed with: the scale would be another."""
+    events = () if tape.rows is None else tape.rows.events
+    met = {leaf for event in events for leaf in leaves(event.axis)}
+    for question in tape.questions if met else ():
+        if question.operator in (NUMBER, UNKNOWN, VALUE):
+            for leaf in met.intersection(x for term in question.terms for x in _leaves_in(tape, term)):
+                pin(leaf, f"{COMPUTES}; {question.line}")
+
+
+def _leaves_in(tape: Tape, term: Term) -> list[Axis]:
+    """The leaves on whose sizes it depends."""
+    match term:
+        case Size(axis):
+            return leaves(axis)
+        case Attribute(key, value):
+            axis = tape.attributes.get(key)
+            return leaves(axis) if axis is not None and axis.size == value else []
+        case Computed(_, terms):
+            return [leaf for inner in terms for leaf in _leaves_in(tape, inner)]
+        case _:
+            return []
+
+
+def _partial(tape: Tape) -> dict[Source, Tensor]:
+    """Dimensions that read at some of their positions: which."""
+    where = {} if tape.rows is None else tape.rows.where
+    return {source: positions for source, positions in where.items() if not bool(positions.all())}
+
+
+def _pin_unplaced(tape: Tape, numbers: dict[Axis, int]) -> None:
+    """Positions that read have to be told by a term."""
+    for source in _partial(tape).keys() - _placed(tape, numbers).keys():
+        for event in tape.rows.events if tape.rows is not None else ():
+            if source in event.where:
+                pin(event.axis, MISFIT)
+
+
+def _placed(tape: Tape, numbers: dict[Axis, int]) -> dict[Source, Extent]:
+    """Of dimensions that read at some of their positions, what does, as a term."""
+    found = {}
+    for (name, d), where in _partial(tape).items():
+        with suppress(ValueError):
+            found[name, d] = only(_extent(tape.tensors[name][d], numbers), where)
+    return found
+
+
 def _pin_unprunable(
     leaf: Axis,
     where: list[Source],
     read: dict[Axis, set[Source]],
+    partial: Collection[Source],
     trainable: set[str],
 ) -> None:
     readers = read.get(leaf, set())
-    producers = [place for place in where if place not in readers]
+    producers = [place for place in where if place not in readers or place in partial]
     if leaf.reason is not None:
         return
     if not any(place in readers for place in where):
@@ -168,23 +236,29 @@ def _structure(
     tape: Tape, numbers: dict[Axis, int], places: dict[Axis, list[Source]], read: dict[Axis, set[Source]]
 ) -> Structure:
     tensors = {n: tuple(_extent(axis, numbers) for axis in dims) for n, dims in tape.tensors.items()}
+    partial = _placed(tape, numbers)
     names: Counter[str] = Counter()
     picked = {tape.routers[name].root: k for name, k in sorted(tape.picks.items(), key=lambda pick: pick[1])}
     aligned, chosen = _aligned(tape), {leaf for axis in tape.routers.values() for leaf in leaves(axis)}
+    aligned = _aligned(tape)
+    met = {leaf for event in (tape.rows.events if tape.rows else ()) for leaf in leaves(event.axis)}
     kinds = dict(tape.model.named_modules())
     wide = {n for n, dims in tensors.items() if len(dims) > 1}
     groups = []
     for leaf in numbers:
         slices = []
         for tensor, d in places[leaf]:
-            role: Role = "reader" if (tensor, d) in read.get(leaf, ()) else "producer"
-            slices.append(Slice(tensor, d, tensors[tensor][d], role))
+            extent, reads = tensors[tensor][d], (tensor, d) in read.get(leaf, ())
+            part = partial.get((tensor, d), extent) if reads else extent
+            slices.append(Slice(tensor, d, part, "reader" if reads else "producer", part != extent))
+            if part != extent and not torch.equal(*(labels(e, numbers[leaf]) for e in (part, extent))):
+                slices.append(Slice(tensor, d, extent, "producer"))
         name, kind = _name(slices, numbers[leaf], kinds, wide)
         kind = "expert" if leaf in chosen else kind
         names[name] += 1
         name = name if names[name] == 1 else f"{name}:{names[name]}"
         multiple, least = ALIGNED if leaf in aligned else 1, picked.get(leaf, 0)
-        groups.append(Group(name, leaf.size, kind, tuple(slices), multiple, least=least))
+        groups.append(Group(name, leaf.size, kind, tuple(slices), multiple, least=least, met=leaf in met))
     known: dict[Axis, Extent] = {}
     work, traffic, activations = (
         [_work(traced, numbers, known) for traced in terms]
@@ -206,7 +280,8 @@ def _structure(
         if groups_in(extent := _extent(axis, numbers))
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
-    refused = (*_refusals(places, read, parameters), *_refused_routers(tape))
+    plain = _sources_by_leaf(tape.reads_by_source(rows=False))
+    refused = (*_refusals(places, plain, parameters), *_refused_routers(tape))
     return Structure(
         groups=tuple(groups),
         refused=refused,
@@ -246,7 +321,7 @@ def _guards(tape: Tape, numbers: dict[Axis, int]) -> tuple[Guard, ...]:
                 return term
 
     found: dict[Guard, None] = {}
-    for question in tape.questions:
+    for question in (question for question in tape.questions if question.operator != NUMBER):
         terms = tuple(map(quantity, question.terms))
         guard = Guard(question.operator, terms, question.line)
         if groups_of(guard) and (len(terms) == 1 or terms[0] != terms[1]):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .seen import Seen, SeenInt, Term, give, is_rough, plain
+from .seen import Seen, SeenInt, Term, give, is_rough, plain, take
 
-__all__ = ["GONE", "SizeReader", "argument", "has_seen", "plainly", "seen_numbers"]
+__all__ = ["GONE", "SizeReader", "argument", "has_seen", "plainly", "seen_numbers", "take_all"]
 
 COUNTS = (Tensor.numel, Tensor.nelement, torch.numel)
 GONE = (Tensor.stride, Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.nbytes.__get__)  # type: ignore[attr-defined]
@@ -90,6 +90,12 @@ def seen_numbers(value: object) -> Iterator[Seen]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from seen_numbers(item)
+
+
+def take_all(args: Any, kwargs: dict[str, Any]) -> None:
+    """torch computes with the followed numbers among the arguments."""
+    for number in seen_numbers((args, tuple(kwargs.values()))):
+        take(number)
 
 
 def plainly(value: Any) -> Any:

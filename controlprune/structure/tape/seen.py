@@ -31,6 +31,7 @@ from .messages import is_message
 
 __all__ = [
     "FITS",
+    "NUMBER",
     "UNKNOWN",
     "VALUE",
     "Attribute",
@@ -47,6 +48,7 @@ __all__ = [
     "is_rough",
     "listening",
     "plain",
+    "take",
     "term_of",
 ]
 
@@ -96,6 +98,7 @@ SMOOTH = ("add", "sub", "mul", "truediv", "neg", "pow")
 DEEPEST = 64  # operators, one upon the other (a counter in a loop), that are followed
 VALUE = "value"  # the operator of a question for the number itself: each number is an answer of its own
 FITS = "fits"  # of a question whether a number that is given as a size is the size
+NUMBER = "number"  # of a question for a number that is computed with: asked where units meet (tape/rows.py)
 UNKNOWN = "unknown"  # the operator of a question after which a number is no longer followed
 Listener: TypeAlias = "Callable[[Question], object]"
 _listener: list[Listener] = []
@@ -256,6 +259,11 @@ def term_of(value: Any) -> Term:
 def give(value: Seen) -> None:
     """The number goes where it is not followed."""
     _tell(VALUE, value.term, through=True)
+
+
+def take(value: Seen) -> None:
+    """torch computes with the number."""
+    _tell(NUMBER, value.term, through=True)
 
 
 def fit(term: Term, axis: Axis) -> None:

@@ -22,35 +22,44 @@ from ..guards import Place
 from ..tape import axes
 from .axes import Axis, Misfit
 from .dims import ENDS, OFF, Dim, Dims, Source
+from .memory import named_tensors, storage_of, view_key
+from .rows import Rows
 from .seen import Question, Term
 
 __all__ = [
     "ENDS",
     "MEET",
     "OFF",
+    "SCALE",
     "Call",
     "Dim",
     "Dims",
+    "Operands",
     "Read",
     "Rule",
     "Source",
     "Tape",
     "TracedWork",
-    "storage_of",
 ]
 
 MEET = "two activations are multiplied and summed over it (as queries and keys are)"
+SCALE = (
+    "the scale of attention follows from its size where none is given (scaled_dot_product_attention, "
+    "nn.MultiheadAttention): write scale=self.scale, a number"
+)
 
 T = TypeVar("T")
+Operands: TypeAlias = Sequence[tuple[Tensor, int]]
 UNWRITTEN = ("aten::empty", "aten::new_empty")  # memory without contents
 
 
 @dataclass(frozen=True)
 class Read:
-    """`axis` is contracted with the parameter dimensions `sources`."""
+    """`axis` is contracted with the parameter dimensions `sources`, or with what their rows make."""
 
     axis: Axis
     sources: frozenset[Source]
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,8 @@ class Tape:
     numbers: list[Term] = field(default_factory=list)  # that tensors were multiplied with, and the like
     asked: Counter[Place] = field(default_factory=Counter)  # where, and how often in one pass
     given: bool = False  # the bounds of the slice that is taken are numbers that modules keep
+    rows: Rows | None = None  # where units of two activations that meet are asked for
+    unscaled: bool = False  # an attention runs that was given no scale
     where: str = ""
     counting: bool = True
 
@@ -157,7 +168,7 @@ class Tape:
         self._named: dict[str, Entry] = {}
         self._owners: dict[int, str] = {}
         self._contracted: frozenset[Source] = frozenset()  # with what, at the last contraction
-        for name, tensor, is_parameter in _named_tensors(self.model):
+        for name, tensor, is_parameter in named_tensors(self.model):
             self._register(name, tensor, is_parameter)
 
     def _register(self, name: str, tensor: Tensor, is_parameter: bool) -> None:
@@ -171,7 +182,9 @@ class Tape:
             for d, axis in enumerate(self.tensors[name])
         ]
         self._entries[tensor] = Entry(dims, weight=True)
-        if (key := _view_key(tensor)) is not None:
+        if self.rows is not None and is_parameter:
+            self.rows.own(name, tensor)
+        if (key := view_key(tensor)) is not None:
             self._views.setdefault(key, name)
             self._named.setdefault(name, self._entries[tensor])
 
@@ -189,7 +202,7 @@ class Tape:
             while known.pending:
                 axes.pin(*known.pending.pop())
             return known
-        name = self._views.get(key) if (key := _view_key(tensor)) is not None else None
+        name = self._views.get(key) if (key := view_key(tensor)) is not None else None
         if name is not None:
             self.used.add(name)
             return self._named[name]
@@ -209,7 +222,7 @@ class Tape:
             inner = self.axes_of(get_unwrapped(tensor))
             return None if inner is None else _seen_inside(tensor, inner)
         known = self._entries.get(tensor)
-        if known is None and (key := _view_key(tensor)) is not None and key in self._views:
+        if known is None and (key := view_key(tensor)) is not None and key in self._views:
             known = self._named[self._views[key]]
         fits = known is not None and len(known.dims) == tensor.dim()
         return [dim.axis for dim in known.dims] if known is not None and fits else None
@@ -233,9 +246,10 @@ class Tape:
         """Is it a parameter or buffer of the model?"""
         return id(tensor) in self._owners
 
-    def reads_by_source(self) -> dict[Source, list[Axis]]:
+    def reads_by_source(self, *, rows: bool = True) -> dict[Source, list[Axis]]:
+        """Source -> axes that it reads (`rows`: also those that its rows read)."""
         found: dict[Source, list[Axis]] = {}
-        for read in self.reads:
+        for read in (read for read in self.reads if rows or not read.rows):
             for source in read.sources:
                 found.setdefault(source, []).append(read.axis)
         return found
@@ -284,6 +298,9 @@ class Tape:
         if self.where not in self.norms:
             self.pin(axis, reason)
             return
+        formula = self.norms[self.where]
+        if channels is None and formula.groups and formula.gain is not None:  # of one group, channels last
+            channels = self.tensors[f"{self.where}.{formula.gain}"][0]
         channels = axis if channels is None else channels
         self.counted[self.where] = self.unify(channels, self.counted.get(self.where, channels))
 
@@ -323,8 +340,8 @@ class Tape:
             self.pin(axis, axes.MISFIT)
             return [Axis(length, axes.MISFIT) for length in sizes]
 
-    def contract(self, left: Dim, right: Dim, *, weight_first: bool = False) -> Axis:
-        """The product of two tensors is summed over this dimension of both."""
+    def contract(self, left: Dim, right: Dim, *, weight_first: bool = False, operands: Operands = ()) -> Axis:
+        """The product of two tensors is summed over this dimension of both (`operands`: them, and which)."""
         axis = self.unify(left.axis, right.axis)
         order = (left, right) if weight_first else (right, left)
         reader = next((dim for dim in order if dim.parameters), None)
@@ -335,8 +352,16 @@ class Tape:
         if known:
             self.reads.append(Read(axis, known))
         else:
-            self.pin(axis, MEET)
+            self._meet(axis, operands)
         return axis
+
+    def _meet(self, axis: Axis, operands: Operands) -> None:
+        """Two activations: what makes one of them reads the axis, where that is asked for."""
+        sources = self.rows.read(axis, operands) if self.rows is not None else frozenset()
+        if sources and not self.unscaled:
+            self.reads.append(Read(axis, sources, rows=True))
+        else:
+            self.pin(axis, SCALE if sources else MEET)
 
     def count(self, operator: str, coefficient: int, *factors: Axis) -> None:
         """Record FLOPs = coefficient × Π sizes."""
@@ -370,22 +395,3 @@ def _seen_inside(tensor: Tensor, all_of_it: list[T]) -> list[T]:
     """Without the dimension that torch.vmap hides from the function it maps."""
     hidden = maybe_get_bdim(tensor)  # -1: of another transform
     return [one for d, one in enumerate(all_of_it) if d != hidden]
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Identifies the memory that a tensor lies in while it lives; 0 where it has none of its own."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else 0
-
-
-def _named_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor, bool]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter, True
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        yield name, buffer, False
-
-
-def _view_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """Identifies `parameter.data`, which makes a new tensor on the same memory without an operator."""
-    if tensor.device.type == "meta" or tensor.layout != torch.strided or tensor.numel() == 0:
-        return None
-    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
