@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..loop.controller import Controller
 from ..loop.export import whole_plant
 from ..plant.copies import small_copy
 from ..state.saver import KEY, carrier, present_record
-from ..state.widths import narrow
+from ..state.widths import narrow, pick
 from ..structure.skipping import Removed
 
 __all__ = ["from_pretrained", "save_pretrained"]
@@ -94,6 +94,21 @@ class _Narrowed:
         if layers is not None:
             config._heterogeneity_spec = layers
 
+    def initialize_weights(self, *args: Any, **options: Any) -> None:
+        """Buffers that are in no file are filled by the class, dense, and cut again."""
+        model: Any = self
+        cut: Mapping[str, Any] = getattr(model.config, KEY).get("picked", {})
+        for name, positions in cut.items():
+            _put(model, name, model.get_buffer(name).new_empty([n for n, _ in positions]))
+        super().initialize_weights(*args, **options)  # type: ignore[misc]
+        for name, positions in cut.items():
+            _put(model, name, pick(model.get_buffer(name), positions))
+
+
+def _put(model: nn.Module, name: str, buffer: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._buffers[leaf] = buffer
+
 
 def _concrete(model_class: Any, config: Any) -> type:
     """The class itself, or what an Auto class makes of the configuration."""
@@ -114,14 +129,20 @@ def _layer_by_layer(model: Any) -> None:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = model.base_model.get_submodule(names.layers)
     heads = "num_key_value_heads" if hasattr(config, "num_key_value_heads") else "num_attention_heads"
-    widths = {
-        i: {
-            heads: _outputs(layer, names.key, names) // (3 if names.fused else 1) // size,
-            names.intermediate: _outputs(layer, names.up, names),
-        }
-        for i, layer in enumerate(layers)
-    }
+    widths = {}
+    for i, layer in enumerate(layers):
+        own = _head_dim(layer, names, size)
+        keys = _outputs(layer, names.key, names) // (3 if names.fused else 1) // own
+        widths[i] = {heads: keys, names.intermediate: _outputs(layer, names.up, names)}
     config.head_dim, config.per_layer_config = size, widths
+
+
+def _head_dim(layer: nn.Module, names: Names, dense: int) -> int:
+    """As the attention says (granularity="channel+head_dim" may have cut it)."""
+    modules, attention = dict(layer.named_modules()), names.key.rpartition(".")[0]
+    owner = modules.get(attention)  # None: what it stood in was removed
+    found = (getattr(owner, name, None) for name in ("head_dim", "attention_head_size"))
+    return next((n for n in found if isinstance(n, int)), dense)
 
 
 def _outputs(layer: nn.Module, name: str, names: Names) -> int:

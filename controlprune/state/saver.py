@@ -18,7 +18,7 @@ from torch import nn
 
 from ..plant.base import BasePlant
 from ..structure.groups import widths_of
-from .widths import record
+from .widths import picked, record
 
 __all__ = ["KEY", "Saver", "present_record", "recorded", "remembered"]
 
@@ -39,7 +39,20 @@ def remembered(model: nn.Module) -> Mapping[str, Any] | None:
 
 def present_record(plant: BasePlant) -> dict[str, Any]:
     """Of the active units of this moment, over what the model carries."""
-    return record(plant.structure, widths_of(plant.masks), remembered(plant.model))
+    before = remembered(plant.model)
+    found = record(plant.structure, widths_of(plant.masks), before)
+    where = picked(plant.structure, plant.masks, _unsaved(plant.model), before)
+    return found | ({"picked": where} if where else {})
+
+
+def _unsaved(model: nn.Module) -> list[str]:
+    """The buffers that are in no state dict."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._buffers.keys() & module._non_persistent_buffers_set
+        if module._buffers[name] is not None
+    ]
 
 
 @contextmanager

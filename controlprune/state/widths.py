@@ -3,26 +3,28 @@
     {"format": 1,
      "shapes": {tensor: [n_1, …]},                      every tensor that is not as its class makes it
      "sizes":  [[module, attribute, index, value], …],  the Python integers that go with them
+     "picked": {buffer: [[N_1, [i, …]], …]},            of N_1, … positions those that are there
      "skipped": [[module, returns, stays], …]}          modules that are not run (structure/skipping.py)
 
 It goes where the model's own configuration is saved. A model that is pruned twice has the second record over
-the first. The units themselves are not named: weights come from the file beside it.
+the first. The units themselves are not named: weights come from the file beside it. Only of buffers that no
+state dict holds (the angles of rotary embeddings) is said which are left of those that the class makes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..structure.extents import Fixed, size
+from ..structure.extents import Fixed, keep, size
 from ..structure.groups import SizeAttribute, Structure
 from ..structure.sizes import get_size, let_heads_leave, set_size
 from ..structure.skipping import off, skip_for_good
 
-__all__ = ["narrow", "record"]
+__all__ = ["narrow", "pick", "picked", "record"]
 
 FORMAT = 1
 Record = Mapping[str, Any]
@@ -45,6 +47,28 @@ def record(structure: Structure, widths: Sequence[int], before: Record | None = 
     return found | ({"skipped": skipped} if skipped else {})
 
 
+def picked(
+    structure: Structure, masks: Sequence[Tensor], buffers: Collection[str], before: Record | None = None
+) -> dict[str, list[Any]]:
+    """Which positions of these buffers are live, per dimension, of how many; `before` as in `record`."""
+    found: dict[str, list[Any]] = dict((before or {}).get("picked", {}))
+    for name in buffers:
+        extents = structure.tensors[name]
+        live = [keep(extent, masks).nonzero().flatten().tolist() for extent in extents]
+        left, dense = [len(where) for where in live], [size(extent) for extent in extents]
+        earlier = found.get(name, [[n, range(n)] for n in dense])
+        if left != dense and left != [len(at) for _, at in earlier]:  # else `before` has it (finalized)
+            found[name] = [[n, [at[i] for i in where]] for (n, at), where in zip(earlier, live, strict=True)]
+    return found
+
+
+def pick(dense: Tensor, positions: Sequence[Any]) -> Tensor:
+    """What `picked` says is left of it."""
+    for dim, (_, where) in enumerate(positions):
+        dense = dense.index_select(dim, torch.tensor(where, device=dense.device))
+    return dense
+
+
 def narrow(model: nn.Module, widths: Record) -> None:
     """Make a dense model as small as the record says; what its weights are then is not said.
 
@@ -58,7 +82,10 @@ def narrow(model: nn.Module, widths: Record) -> None:
     let_heads_leave(model)
     with torch.no_grad():
         for name, shape in widths["shapes"].items():
-            tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()
+            where = widths.get("picked", {}).get(name)
+            dense = tensors[name].data
+            left = dense[tuple(slice(n) for n in shape)].clone() if where is None else pick(dense, where)
+            tensors[name].data = left
     skip_for_good(model, [(m, n, stays) for m, n, stays in widths.get("skipped", ())])
 
 
@@ -73,6 +100,11 @@ def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tenso
                 least <= n <= d for n, d in zip(shape, dense, strict=True)
             ):
                 raise ValueError(f"{name} is {tuple(dense)}, no larger than {tuple(shape)}")
+        for name, positions in widths.get("picked", {}).items():
+            lengths, left = [n for n, _ in positions], [len(where) for _, where in positions]
+            some = all(type(i) is int and 0 <= i < n for n, where in positions for i in where)
+            if lengths != list(tensors[name].shape) or left != widths["shapes"][name] or not some:
+                raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not one of {lengths}")
         for module, returns, stays in widths.get("skipped", ()):
             if module not in modules or type(returns) is not int or type(stays) is not bool:
                 raise ValueError(f"{module!r} is no module that can be skipped")
