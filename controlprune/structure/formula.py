@@ -1,7 +1,8 @@
 """What a norm module computes, found out by trying it, and the same with statistics over live units only.
 
     mu = mean x                  over the channels alone (LayerNorm; 0 in RMSNorm), or, with g groups,
-    v  = mean (x - mu)^2         over the members of each group and over space (GroupNorm)
+    v  = mean (x - mu)^2         over the members of each group and over space (GroupNorm), if channels come
+                                 first, or of each group alone (Mamba-2), if they are last
     y  = (x - mu) / sqrt(v + eps) * (offset + w) + b
 
 and where a gate z is given, x silu(z) for x, or y silu(z) for y (the norms of Mamba).
@@ -46,7 +47,7 @@ class Formula:
     """The equation above, for one module."""
 
     axis: int  # the dimension of x with the channels: -1, or 1
-    groups: int  # of channels that share statistics with each other and over space; 0: no space, all channels
+    groups: int  # of channels that share statistics with each other (and space, if axis is 1); 0: all share
     centred: bool
     eps: float | None  # None: that of the numbers computed in
     gain: str | None = None  # names of the parameters w and b
@@ -72,7 +73,11 @@ def normalised(
     channels = [1] * x.dim()
     channels[formula.axis] = len(live)
     on = live.to(wide).view(channels)
-    y = (_over_groups if formula.groups else _over_channels)(wide, formula, on)
+    if formula.groups and formula.axis == -1:
+        pieces = wide.unflatten(-1, (formula.groups, -1)), on.unflatten(-1, (formula.groups, -1))
+        y = _over_channels(pieces[0], formula, pieces[1]).flatten(-2)
+    else:
+        y = (_over_groups if formula.groups else _over_channels)(wide, formula, on)
     if gain is not None:
         y = y * (formula.offset + gain.to(wide.dtype)).view(channels)
     if bias is not None:
@@ -83,7 +88,7 @@ def normalised(
 
 
 def _over_channels(x: Tensor, formula: Formula, on: Tensor) -> Tensor:
-    n = on.sum().clamp_min(1)
+    n = on.sum(formula.axis, keepdim=True).clamp_min(1)
     if formula.centred:
         x = x - (x * on).sum(formula.axis, keepdim=True) / n
     v = (x.square() * on).sum(formula.axis, keepdim=True) / n
@@ -185,7 +190,7 @@ def _fitting(module: nn.Module) -> Iterator[Formula]:
             for centred, offset, gain, bias, when in itertools.product(
                 (True, False), (0.0, 1.0), (None, *names), (None, *names), GATES[gated]
             ):
-                if len({gain, bias} - {None}) != len(names) or (groups and not centred):
+                if len({gain, bias} - {None}) != len(names) or (groups and axis == 1 and not centred):
                     continue
                 formula = Formula(axis, groups, centred, eps, gain, bias, offset, when)
                 if answers and _agrees(module, formula, inputs, answers):
@@ -198,8 +203,10 @@ def _forms(module: nn.Module) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     yield -1, 0, (2, MEMBERS, channels)
     planes = (2, channels, MEMBERS), (2, channels, MEMBERS, MEMBERS)
     yield from ((1, 0, shape) for shape in planes)
-    whole = {g for g in vars(module).values() if type(g) is int and g > 0 and channels % g == 0}
-    yield from ((1, g, planes[1]) for g in sorted(whole))
+    whole = sorted({g for g in vars(module).values() if type(g) is int and g > 0 and channels % g == 0})
+    yield from ((1, g, planes[1]) for g in whole)
+    apart = dict.fromkeys(g for n in whole for g in (n, channels // n) if 1 < g < channels)
+    yield from ((-1, g, (2, MEMBERS, channels)) for g in apart)
 
 
 def _channels(module: nn.Module) -> int:

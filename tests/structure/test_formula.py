@@ -64,6 +64,18 @@ class GatedAfter(OwnNorm):
         return super().forward(x) * F.silu(gate)
 
 
+class Pieces(nn.Module):
+    """RMSNorm of every group by itself, channels last: its groups are told by their size, as in Mamba-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.group_size, self.epsilon = nn.Parameter(torch.ones(8)), 4, 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = x.unflatten(-1, (-1, self.group_size))
+        return self.weight * F.rms_norm(pieces, pieces.shape[-1:], None, self.epsilon).flatten(-2)
+
+
 NORMS = {
     "layer": (nn.LayerNorm(8), (-1, 0, True, 1e-5, "weight", "bias", 0.0)),
     "layer without bias": (nn.LayerNorm(8, 1e-12, bias=False), (-1, 0, True, 1e-12, "weight", None, 0.0)),
@@ -76,6 +88,7 @@ NORMS = {
     "channels first in line": (ChannelsFirstInLine(8), (1, 0, True, 1e-5, "weight", "bias", 0.0)),
     "eps in its code": (Bare(), (-1, 0, True, 1e-6, None, None, 0.0)),
     "gain above one": (OwnNorm(8), (-1, 0, False, 1e-6, "weight", None, 1.0)),
+    "rms of each of two": (Pieces(), (-1, 2, False, 1e-5, "weight", None, 0.0)),
     "rounded inside": (Rounded(8), (-1, 0, False, 1e-6, "weight", None, 1.0)),
 }
 OTHERS = {
