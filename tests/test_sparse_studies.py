@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_bench import _tiny
 
-from analysis import masking, rotation, weights
+from analysis import depth, masking, rotation, weights
 from analysis.bench.run import measured
 from analysis.bench.sides.side import Side
 from analysis.measure import Results
@@ -39,6 +40,18 @@ def test_a_rotation_is_small_on_the_way(turns: bool) -> None:
     row = measured(_tiny(), rotation.Rotated(turns=turns), "rotation", 0.25, 0, lambda *_: None)
     assert row["train_flops"] < 0.5
     assert (row["flops"] == 1.0) == turns
+
+
+@pytest.mark.slow  # timings at attach, ten seconds of them
+def test_depth_and_width_under_one_latency() -> None:
+    """What a machine that does other things too measures of so small a net is not asserted."""
+    task = replace(_tiny(), dense=lambda seed: depth.resnet(seed, (8, 16), 1, channels=1), glance=None)
+    rows = [measured(task, Side(), "dense", 0.9, 0, lambda *_: None)]
+    rows += [measured(task, depth.Cut("channel+layer"), "both", 0.9, 0, lambda *_: None)]
+    assert len(rows[1]["channels"]) == 4
+    assert 0 <= rows[1]["branches"] <= 2
+    assert rows[1]["reached"] > 0
+    assert [line.split(" | ")[0] for line in depth.tables(rows).splitlines()[2:]] == ["| dense", "| both"]
 
 
 def test_tiles_and_masks_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
