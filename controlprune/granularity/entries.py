@@ -39,6 +39,8 @@ def eligible(
         reason = ""
         if name in ignored:
             reason = "in ignored_layers"
+        elif not parameter.numel():
+            reason = "it is empty"
         elif not parameter.requires_grad:
             reason = "it is frozen"
         elif name in tied:

@@ -377,7 +377,7 @@ def test_erk_is_about_weights() -> None:
         )
 
 
-def test_what_is_tied_or_parametrised_or_frozen_is_left_alone_and_said_so() -> None:
+def test_what_is_tied_or_parametrised_or_frozen_or_empty_is_left_alone_and_said_so() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -385,9 +385,11 @@ def test_what_is_tied_or_parametrised_or_frozen_is_left_alone_and_said_so() -> N
             self.head.weight = self.embed.weight
             self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
             self.frozen, self.free = nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
+            self.empty = nn.Parameter(torch.zeros(0, 8))  # MobileBERT's, where its two widths are equal
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.free(self.frozen(self.normed(self.embed(x)))))
+            x = self.free(self.frozen(self.normed(self.embed(x))))
+            return torch.cat([self.head(x), nn.functional.linear(x, self.empty)], -1)
 
     model = Net()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -399,6 +401,7 @@ def test_what_is_tied_or_parametrised_or_frozen_is_left_alone_and_said_so() -> N
         "refused embed.weight (128): it is tied",
         "frozen.weight (64): it is frozen",
         "it is parametrised",
+        "refused empty (0): it is empty",
     ):
         assert words in report
 
