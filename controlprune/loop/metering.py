@@ -34,7 +34,6 @@ __all__ = ["AGAIN", "Metering"]
 # steps after which an unchanged layout is measured again: the machine may have changed. The gauge's some 80
 # forwards are a hundredth of as many steps.
 AGAIN = 2700
-CERTAIN = 0.01  # relative error of a sensor of the user's, which does not say its own
 
 Agree = Callable[[Tensor], Tensor]
 Widths = tuple[int, ...]
@@ -102,13 +101,11 @@ class Metering:
         return self.gauge is not None or bool(self._own.sensed)
 
     def _owned(self, widths: Widths, model: nn.Module) -> list[Measurement]:
-        """What the user's own sensors say."""
+        """What the user's own sensors say; how far they err they do not (`Observer.spread` is the least)."""
         found = self._own.read(model)
         agreed = self._mean(*found.values()) if found else []
         return [
-            Measurement(n, widths, y, CERTAIN)
-            for n, y in zip(found, agreed, strict=True)
-            if not math.isnan(y)
+            Measurement(n, widths, y, 0.0) for n, y in zip(found, agreed, strict=True) if not math.isnan(y)
         ]
 
     def _timed(self, widths: Widths, model: nn.Module) -> list[Measurement]:

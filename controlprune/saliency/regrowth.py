@@ -23,7 +23,7 @@ from .network import TINY, Statistics
 
 __all__ = ["regrowth"]
 
-EDGE = 0.5  # over the hysteresis of the trade-off
+EDGE = 0.5  # over the hysteresis of the trade-off, or none would come in
 
 
 def regrowth(values: Tensor, s: Statistics, groups: Sequence[int], share: float) -> Tensor:

@@ -63,7 +63,7 @@ from .units import UnitRecord, checked_values
 
 __all__ = ["Control", "ControlLoop"]
 
-EXCHANGED = 0.3  # of single weights, in the first revision
+EXCHANGED = 0.3  # of single weights, in the first revision: RigL's
 WANTS = {(g, d): Wants(g, "return", d) for g in (False, True) for d in (False, True)}
 
 

@@ -37,13 +37,13 @@ from ...structure.saying import warn
 
 __all__ = ["Reference"]
 
-MOVED = 0.005  # of dense
-LITTLE = 0.05  # of a dense step
-HASTE = 0.7  # on the times of a plan that turns out to be too slow for a run total
-MISSED = 0.05  # of a run total's limit
-SURE = 3  # updates in a row
-NEAR = 0.05  # of a dense step
-LEARNED = 0.01  # of a modelled limit
+MOVED = 0.005  # of dense: about half of what a solution may leave unfilled anyway (allocate/limits.py)
+LITTLE = 0.05  # of a dense step: under it a timing's error of some per cent is as large as the saving
+HASTE = 0.7  # on the times of a plan that turns out to be too slow for a run total, at every update again
+MISSED = 0.05  # of a run total's limit: as far as a measured use may be over it unsaid (loop/ending.py)
+SURE = 3  # updates in a row, as one timing may be bad
+NEAR = 0.05  # of a dense step: the net is as small as it gets, but for a width step or two
+LEARNED = 0.01  # of a modelled limit: what changes by less buys no other width (`ROUGH`, allocate/limits.py)
 NOISE, UNDER = 0.03, 0.05  # of a limit: a measured use this far over or under it is taken to be at it
 
 
