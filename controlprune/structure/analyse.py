@@ -21,7 +21,7 @@ from .surroundings import plainly
 from .tape.build import build
 from .tape.rows import Rows
 from .tape.tape import Tape
-from .untouched import Memory, untouched
+from .untouched import Memory
 from .verify import verify
 
 __all__ = ["analyse", "find_groups", "require_groups", "tensors_in"]
@@ -43,8 +43,10 @@ def analyse(
     """
     ignored = tensors_in(model, ignored_layers)
     example_inputs = _on_meta(model, example_inputs)
-    with untouched(model, example_inputs):
+    memory = Memory(model, example_inputs)
+    with memory.kept():
         structure, trains = _traced(model, example_inputs, ignored, Rows() if head_dim else None)
+        memory.drop_copies(model.parameters())  # no forward wrote these: of a large model they are much
         return verify(model, example_inputs, structure, trains=trains) if check else structure
 
 

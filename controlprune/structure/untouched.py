@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -78,6 +78,7 @@ class Memory:
         self.seen = set() if weights else {id(p) for p in model.parameters()}
         self.alive: list[object] = []  # so that no two have one id
         self.restores: list[Restore] = []
+        self.copies: dict[int, list[Tensor]] = {}  # of a tensor's values, by its id
         self.waiting: deque[object] = deque()
         self._remember(model, inputs)
 
@@ -106,6 +107,13 @@ class Memory:
         with torch.no_grad():
             for restore in self.restores:
                 restore()
+
+    def drop_copies(self, tensors: Iterable[Tensor]) -> None:
+        """Of those among `tensors` that are as they were: nothing is expected to write them any more."""
+        for tensor in tensors:
+            copies = self.copies.get(id(tensor), [])
+            if copies and tensor.shape == copies[0].shape and _same(tensor.detach(), copies[0]):
+                copies.clear()
 
     def _expect(self, *values: object) -> None:
         for value in values:
@@ -192,14 +200,16 @@ class Memory:
         if tensor.device.type == "meta" or tensor.is_inference():
             return
         flag, data = tensor.requires_grad, tensor.data
-        value, gradient = data.clone(), tensor.grad if tensor.is_leaf else None
+        gradient = tensor.grad if tensor.is_leaf else None
+        copies = self.copies[id(tensor)] = [data.clone()]
         self._expect(gradient)
 
         def restore() -> None:
             if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
-            if not _same(data, value):
-                data.copy_(value)
+            for value in copies:
+                if not _same(data, value):
+                    data.copy_(value)
             if tensor.is_leaf and tensor.grad is not gradient:
                 tensor.grad = gradient
             if tensor.is_leaf and tensor.requires_grad != flag:
