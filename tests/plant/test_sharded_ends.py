@@ -15,6 +15,7 @@ import torch
 from test_sharded import by_layer
 from test_sharded_shrink import Run, everything, load, save
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from workers import ranks
@@ -93,3 +94,29 @@ def test_no_rank_ever_holds_more_than_one_whole_tensor(rank: int) -> None:
             turn()
         padded = largest + largest // 2  # what a collective of uneven parts gathers
         assert largest <= made.elements <= padded
+
+
+def held(run: Run) -> tuple[int, int]:
+    """Bytes on this rank of weights and AdamW's state: those at work, and those that are parked."""
+    states = run.optimizer.state
+    working = [x for p in run.model.parameters() for x in (p, *states[p].values()) if x.ndim]
+    spots = run.controller.plant.spots
+    parked = [x for s in spots for x in (s.home, *s.state_home.values()) if x is not None]
+    local = [x.to_local() if isinstance(x, DTensor) else x for x in working]
+    return sum(x.nbytes for x in local), sum(x.nbytes for x in parked)
+
+
+@ranks(2)
+def test_dense_shards_stay_beside_the_small_ones_until_finalize(rank: int) -> None:
+    run = Run(by_layer)
+    run.train(2)
+    dense, nothing = held(run)
+    run.masks(2)
+    run.controller.shrink()
+    run.train(2)
+    small, parked = held(run)
+    assert nothing == 0
+    assert small < 0.6 * dense
+    assert 0.9 * dense < parked <= dense
+    run.controller.finalize()
+    assert held(run) == (small, 0)
