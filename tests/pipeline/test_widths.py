@@ -91,9 +91,9 @@ def images(step: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-CASES: dict[str, tuple[type[nn.Module], Callable[[int], tuple[Tensor, Tensor]], str]] = {
-    "gpt": (Gpt, tokens, "places"),
-    "vit": (Vit, images, "patches"),
+CASES: dict[str, tuple[type[nn.Module], Callable[[int], tuple[Tensor, Tensor]], str, float]] = {
+    "gpt": (Gpt, tokens, "places", 0.25),
+    "vit": (Vit, images, "patches", 0.2),  # at 0.25 what is inside its layers is enough
 }
 
 
@@ -117,14 +117,14 @@ class Run:
 
 
 def start(case: str) -> Run:
-    make, batch, _ = CASES[case]
+    make, batch, _, budget = CASES[case]
     torch.manual_seed(0)
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     controller = cp.attach(
         model,
         optimizer,
-        budget=cp.Budget(flops=0.25),
+        budget=cp.Budget(flops=budget),
         example_inputs=(batch(0)[0],),
         total_steps=STEPS,
         policy=replace(QUICK, plan=PLAN, stages=6),
@@ -140,7 +140,7 @@ def flops(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_width_leaves_in_training_and_the_run_resumes(case: str) -> None:
-    straight, width = start(case), CASES[case][2]
+    straight, (_, _, width, budget) = start(case), CASES[case]
     x = straight.batch(1000)[0]
     dense, first = flops(straight.model, x), straight.train(0, 1)
     straight.train(1, 30)
@@ -163,6 +163,6 @@ def test_the_width_leaves_in_training_and_the_run_resumes(case: str) -> None:
     live = int(resumed.controller.masks[width].sum())
     assert live < WIDTH
     assert small.get_submodule(width).weight.shape[-1 if case == "gpt" else 0] == live
-    assert flops(small, x) <= 0.25 * dense
+    assert flops(small, x) <= budget * dense
     counting = [m for m in small.modules() if isinstance(m, StandIn) and hasattr(m, "normalized_shape")]
     assert not counting
