@@ -247,7 +247,7 @@ def _sensitivities(axis: Axes, response: Response, regulator: PI, found: Rejecti
     axis.set_xlabel("frequency, rad/update")
     axis.set_ylabel("|S|: share of a disturbance that remains")
     axis.set_title("Disturbance rejection", fontsize=10)
-    axis.legend(fontsize=8, loc="lower right", frameon=False)
+    axis.legend(fontsize=8, loc="upper right", frameon=False)
     _quiet(axis)
 
 
