@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from simulated_clock import Ticker, Timed
 from torch import Tensor, nn
 
 import controlprune as cp
@@ -54,34 +54,6 @@ BUDGETS = {
 }
 
 
-class Ticker:
-    """A clock that only the layers move; one and the same in every copy of the model."""
-
-    def __init__(self) -> None:
-        self.seconds, self.slow = 0.0, 1.0
-
-    def __deepcopy__(self, memo: object) -> Ticker:
-        return self
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-class Timed(nn.Linear):
-    """Takes time in whole tiles of 16, and some for each call; three times that in training."""
-
-    def __init__(self, inputs: int, outputs: int, ticker: Ticker) -> None:
-        super().__init__(inputs, outputs)
-        self.ticker = ticker
-
-    def forward(self, input: Tensor) -> Tensor:
-        outputs, inputs = self.weight.shape
-        tiles = math.ceil(inputs / 16) * math.ceil(outputs / 16)
-        passes = 3 if self.training else 1  # the backward's too
-        self.ticker.seconds += passes * self.ticker.slow * (2e-4 + 4e-5 * tiles**0.9)
-        return super().forward(input)
-
-
 @dataclass(frozen=True)
 class Outcome:
     end: float  # use over limit
@@ -98,11 +70,11 @@ def outcome(loop: str, task: Task) -> Outcome:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Flatten(),
-        Timed(64, 304, ticker),
+        Timed(64, 304, ticker, backward=2),
         nn.ReLU(),
-        Timed(304, 104, ticker),
+        Timed(304, 104, ticker, backward=2),
         nn.ReLU(),
-        Timed(104, 10, ticker),
+        Timed(104, 10, ticker, backward=2),
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     controller = cp.attach(

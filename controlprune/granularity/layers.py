@@ -162,9 +162,14 @@ def _which_stay(
     return replace(whole, branches=tuple(branches))
 
 
+def _all_off(structure: Structure) -> list[Tensor]:
+    """Masks under which every branch is off, and all else on."""
+    return [torch.full((g.size,), not g.optional) for g in structure.groups]
+
+
 def _can_be_removed(model: nn.Module, inputs: ExampleInputs, structure: Structure) -> bool:
     """Does a copy with every branch off compute the same with them removed, and run in training too?"""
-    masks = [torch.full((g.size,), not g.optional) for g in structure.groups]
+    masks = _all_off(structure)
 
     def outputs(removed: bool) -> tuple[list[Tensor], list[Tensor]]:
         trial = copy.deepcopy(model)
@@ -192,7 +197,7 @@ def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
 
 def _differs(model: nn.Module, inputs: ExampleInputs, structure: Structure) -> str:
     """How the outputs with every branch off differ between the two layouts; "" if they do not."""
-    masks = [torch.full((g.size,), not g.optional) for g in structure.groups]
+    masks = _all_off(structure)
     try:
         trial = copy.deepcopy(model).eval()
         plant = Plant(trial, None, structure)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from baselines import controlled
 from probes import probed
+from simulated_clock import Ticker, Timed
 from torch import Tensor, nn
 
 import controlprune as cp
@@ -296,33 +297,6 @@ def test_the_sum_of_a_run_bears_it(strain: str) -> None:
     run.until(1.0)
     assert run.controller.cost()["train_flops"].fraction == pytest.approx(0.5, abs=off)
     assert swings(run) <= 0.1
-
-
-class Ticker:
-    """A clock that only the simulated layers move; one and the same in every copy of the model."""
-
-    def __init__(self) -> None:
-        self.seconds, self.slow = 0.0, 1.0
-
-    def __deepcopy__(self, memo: object) -> Ticker:
-        return self
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-class Timed(nn.Linear):
-    """Takes time in whole tiles of 16, and some for each call: no polynomial in the widths."""
-
-    def __init__(self, inputs: int, outputs: int, ticker: Ticker) -> None:
-        super().__init__(inputs, outputs)
-        self.ticker = ticker
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs, inputs = self.weight.shape
-        tiles = math.ceil(inputs / 16) * math.ceil(outputs / 16)
-        self.ticker.seconds += self.ticker.slow * (2e-4 + 4e-5 * tiles**0.9)
-        return super().forward(x)
 
 
 def latency_run(policy: Any, budget: cp.Budget) -> tuple[Run, Ticker]:

@@ -240,7 +240,6 @@ def _structure(
     names: Counter[str] = Counter()
     picked = {tape.routers[name].root: k for name, k in sorted(tape.picks.items(), key=lambda pick: pick[1])}
     aligned, chosen = _aligned(tape), {leaf for axis in tape.routers.values() for leaf in leaves(axis)}
-    aligned = _aligned(tape)
     met = {leaf for event in (tape.rows.events if tape.rows else ()) for leaf in leaves(event.axis)}
     kinds = dict(tape.model.named_modules())
     wide = {n for n, dims in tensors.items() if len(dims) > 1}
