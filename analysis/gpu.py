@@ -8,7 +8,8 @@
     overhead   attached but unpruned / plain training, everything amortised
     widths     share of the FLOPs -> speed-up of a training step
     whole      whole runs in bf16, with and without torch.compile: seconds and loss beside the dense run
-    budgets    latency, energy, memory asked, as the controller says it ended, and as measured after it
+    budgets    latency, energy, memory asked, as the controller says it ended, and as measured after it;
+               latency of a CUDA graph too (`cp.Instruments(cuda_graph=True)`), beside that of the eager net
     n_m        2:4 weights on the card's sparse kernels, a linear layer's forward
     layers     whole residual branches dropped: share of the FLOPs -> forward
 
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 import controlprune as cp
 from controlprune.cost.clock import device_clock, measure_interleaved
 from controlprune.cost.flops import flops
+from controlprune.cost.replay import forward_on
 from controlprune.structure import analyse
 
 from .measure import Results, machine
@@ -193,7 +195,13 @@ class Trained:
 
 
 def train(
-    card: Card, work: Workload, budget: cp.Budget | None, *, steps: int, compiled: str = "", park: str = ""
+    card: Card,
+    work: Workload,
+    budget: cp.Budget | None,
+    *,
+    steps: int,
+    compiled: str = "",
+    instruments: cp.Instruments | None = None,
 ) -> Trained:
     torch.manual_seed(0)
     with card.here():
@@ -203,7 +211,7 @@ def train(
     controller = None
     if budget is not None:
         controller = cp.attach(model, optimizer, budget=budget, example_inputs=(x,), total_steps=steps,
-                               park_on=park or None)  # fmt: skip
+                               instruments=instruments)  # fmt: skip
     if compiled:
         torch.compiler.reset()
     forward = torch.compile(model, backend=compiled) if compiled else model
@@ -242,38 +250,46 @@ def whole(card: Card) -> Iterator[Piece]:
 
 
 def budgets(card: Card) -> Iterator[Piece]:
-    steps = 60 if card.quick else 800
-    share = 0.7
-    asked = {
-        "latency": cp.Budget(latency=share),
-        "memory": cp.Budget(memory=share),
-        "energy": cp.Budget(energy=share),
-    }
-    for work, (name, budget) in [(w, one) for w in card.works("cnn", "gpt") for one in asked.items()]:
+    steps, share = 60 if card.quick else 800, 0.7
+    latency, memory, energy = cp.Budget(latency=share), cp.Budget(memory=share), cp.Budget(energy=share)
+    asked = {"latency": latency, "memory": memory, "energy": energy}
+    for work in card.works("cnn", "gpt"):
+        for name, budget in asked.items():
+            yield f"{work.name} {name}", partial(_asked, card, work, name, budget, steps, cp.Instruments())
+        few = replace(
+            work, batch=lambda work=work: _first(work.batch(), FEW)
+        )  # where launches are most of it
+        graph = cp.Instruments(cuda_graph=True)
+        yield f"{work.name} graph", partial(_asked, card, few, "latency", latency, steps, graph)
 
-        def find(work: Workload = work, name: str = name, budget: cp.Budget = budget) -> Mapping[str, Any]:
-            try:
-                run = train(card, work, budget, steps=steps)
-            except (ValueError, RuntimeError) as error:  # no meter, or out of reach: that is the finding
-                return {"asked": share, "refused": str(error)[:300]}
-            assert run.controller is not None
-            small = run.controller.finalize()
-            with card.here():
-                torch.manual_seed(0)
-                dense = work.build(work.dense)
-            live, before = card.forward(lambda: small(run.x), lambda: dense(run.x))
-            found = {"asked": share, "said": run.controller.cost()[name].fraction, "forward": live / before}
-            if card.device.type == "cuda":
-                peaks = [_peak(net, run.x) for net in (small, dense)]
-                found["peak"] = peaks[0] / peaks[1]
-            return found
 
-        yield f"{work.name} {name}", find
+def _asked(
+    card: Card, work: Workload, name: str, budget: cp.Budget, steps: int, instruments: cp.Instruments
+) -> Mapping[str, Any]:
+    share = budget.targets()[name].value
+    try:
+        run = train(card, work, budget, steps=steps, instruments=instruments)
+    except (ValueError, RuntimeError) as error:  # no meter, no graphs, out of reach: that is the finding
+        return {"asked": share, "refused": str(error)[:300]}
+    assert run.controller is not None
+    small = run.controller.finalize().eval()
+    with card.here():
+        torch.manual_seed(0)
+        dense = work.build(work.dense).eval()
+    found: dict[str, Any] = {"asked": share, "said": run.controller.cost()[name].fraction}
+    for key in ("forward", "replay")[: 1 + instruments.cuda_graph]:
+        forward = forward_on(card.device, cuda_graph=key == "replay")
+        live, before = card.forward(*(forward(net, (run.x,)) for net in (small, dense)))
+        found |= {key: live / before, f"{key}_ms": 1e3 * before}
+    if card.device.type == "cuda":
+        peaks = [_peak(net, run.x) for net in (small, dense)]
+        found["peak"] = peaks[0] / peaks[1]
+    return found
 
 
 def _peak(model: nn.Module, x: Tensor) -> float:
     """Bytes of one training step with AdamW, as the allocator counts them."""
-    optimizer = torch.optim.AdamW(model.parameters(), 0.0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 0.0)
     for _ in range(2):  # the first one makes the optimizer's state
         torch.cuda.reset_peak_memory_stats()
         model(x).float().square().mean().backward()

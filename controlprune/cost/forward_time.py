@@ -26,11 +26,12 @@ from types import FunctionType, MethodType
 import torch
 from torch import nn
 
-from ..structure.record import ExampleInputs, call_model, copied
+from ..structure.record import ExampleInputs, copied
 from ..structure.saying import warn
 from ..structure.untouched import untouched
 from .clock import Timing, device_clock, measure_interleaved
 from .instruments import Instruments
+from .replay import WARM, NotCaptured, forward_on
 
 __all__ = ["Gauge", "Reading", "isolated"]
 
@@ -63,23 +64,31 @@ class Gauge:
         self.resources = tuple(relative)
         self._relative, self.seconds = dict(relative), seconds
         self._inputs = copied(inputs)
-        self._clock = device_clock(next(model.parameters()).device, instruments.clock)
+        device = next(model.parameters()).device
+        self._clock = device_clock(device, instruments.clock)
+        self._forward = forward_on(device, cuda_graph=instruments.cuda_graph)
+        self._warm = WARM if instruments.cuda_graph else 0
         self._fails = False
         self._yardstick = self._twin(model) if any(relative.values()) else None
 
     def read(self, model: nn.Module) -> Reading | None:
-        """Of the model as it is laid out now, on a copy; None where it cannot be copied."""
+        """Of the model as it is laid out now, on a copy; None where it cannot be copied or captured."""
         twin = self._twin(model)
         if twin is None:
             return None
-        live, dense = self._time(twin)
+        try:
+            live, dense = self._time(twin)
+        except NotCaptured as error:
+            self._give_up(str(error))
+            return None
         noise = math.hypot(live.spread, dense.spread if dense is not None else 0.0)
         use = {
             name: live.median / (dense.median if relative and dense is not None else self.seconds)
             for name, relative in self._relative.items()
         }
         spread = BURSTS * noise / math.sqrt(live.rounds)
-        return Reading(use, spread, live.runs, dense.runs if dense is not None else 0)
+        runs = [0 if timing is None else timing.runs + self._warm for timing in (live, dense)]
+        return Reading(use, spread, *runs)
 
     def _twin(self, model: nn.Module) -> nn.Module | None:
         """A copy of the model, where it can be had; what can't be is said once."""
@@ -88,19 +97,21 @@ class Gauge:
         try:
             return isolated(model)
         except Exception as error:
-            self._fails = True
-            warn(
-                f"controlprune: the model can't be copied ({type(error).__name__}: {error}), so its latency "
-                "is not measured during the run, only modelled from what was timed when attaching",
-            )
+            self._give_up(f"the model can't be copied ({type(error).__name__}: {error})")
             return None
+
+    def _give_up(self, why: str) -> None:
+        self._fails = True
+        warn(
+            f"controlprune: {why}, so its latency is not measured during the run, only modelled from what "
+            "was timed when attaching",
+        )
 
     def _time(self, twin: nn.Module) -> tuple[Timing, Timing | None]:
         seconds = min(max(FORWARDS * self.seconds, SHORT), LONG)
         yardstick = self._yardstick
-        forwards = [lambda: call_model(twin, self._inputs)]
-        if yardstick is not None:
-            forwards.append(lambda: call_model(yardstick, self._inputs))
+        nets = [twin] if yardstick is None else [twin, yardstick]
+        forwards = [self._forward(net, self._inputs) for net in nets]
         with untouched(twin), torch.no_grad():
             timings = measure_interleaved(forwards, clock=self._clock, seconds=seconds)
         return timings[0], timings[1] if len(timings) > 1 else None

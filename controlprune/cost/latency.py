@@ -46,11 +46,12 @@ from ..control.nnls import nnls
 from ..structure.exchange import at_widths, first_units, tensors_of
 from ..structure.extents import Extent, Units
 from ..structure.groups import Structure
-from ..structure.record import ExampleInputs, call_model, copied, input_tensors
+from ..structure.record import ExampleInputs, copied, input_tensors
 from ..structure.untouched import untouched
 from .cache import device_name, read_cache, write_cache
 from .clock import Candidate, Clock, Run, Timing, device_clock, measure
 from .polynomial import Polynomial
+from .replay import forward_on
 
 __all__ = ["Latency", "Part", "fit", "latency", "measure_widths", "parts_of", "trial_widths"]
 
@@ -97,6 +98,7 @@ def latency(
     rungs: Sequence[Sequence[int]] | None = None,
     floors: Sequence[int] | None = None,
     clock: Clock = time.perf_counter,
+    cuda_graph: bool = False,
     seconds: float = 10.0,
     seed: int = 0,
     cache: Path | None = None,
@@ -104,21 +106,29 @@ def latency(
 ) -> Latency:
     """Measure and fit, or read what was fitted for this model on this machine before.
 
-    `inputs`: what the model will be deployed on, run in eval mode without gradients. `rungs`: the widths
+    `inputs`: what the model will be deployed on, run in eval mode without gradients. `cuda_graph`: as the
+    replay of a graph. `rungs`: the widths
     of each group that will be used (None: any), so that only those are timed. `floors`: the narrowest net,
     timed beside; below the blocks of a kernel no polynomial tells it. `seconds`: about how long to measure.
     `cache`: the folder of the cache file (default: the user's); `anew`: measure whatever the cache knows.
     """
     device, dtype = _where(model)
     parts = parts_of(structure, model)
-    key = _signature(structure, inputs, (rungs, floors), f"{device_name(device, dtype)} {_name_of(clock)}")
+    machine = f"{device_name(device, dtype)} {_name_of(clock)}{' replayed' if cuda_graph else ''}"
+    key = _signature(structure, inputs, (rungs, floors), machine)
     known = None if anew else _read(read_cache("latency", cache).get(key), parts, floors is not None)
     if known is not None:
         return Latency(_polynomial(structure, parts, known[0]), *known)
     points = trial_widths(structure.sizes, rungs, seed)
     beside = [] if floors is None else [tuple(floors)]
     timings = measure_widths(
-        structure, model, inputs, [*points, *beside], clock=device_clock(device, clock), seconds=seconds
+        structure,
+        model,
+        inputs,
+        [*points, *beside],
+        clock=device_clock(device, clock),
+        cuda_graph=cuda_graph,
+        seconds=seconds,
     )
     fitted, apart = timings[: len(points)], timings[len(points) :]
     found = fit(structure, parts, points, [timing.median for timing in fitted])
@@ -184,18 +194,19 @@ def measure_widths(
     points: Sequence[Sequence[int]],
     *,
     clock: Clock = time.perf_counter,
+    cuda_graph: bool = False,
     seconds: float = 10.0,
 ) -> list[Timing]:
     """Time the model's forward, really shrunk, at each width vector, in turn; it comes back untouched."""
-    inputs = copied(inputs)
+    inputs, forward = copied(inputs), forward_on(_where(model)[0], cuda_graph=cuda_graph)
 
     def at(widths: Sequence[int]) -> Candidate:
-        values = first_units(model, structure, widths)
+        values, run = first_units(model, structure, widths), forward(model, inputs)
 
         @contextmanager
         def candidate() -> Iterator[Run]:
             with at_widths(model, structure, values, widths):
-                yield lambda: call_model(model, inputs)
+                yield run
 
         return candidate
 

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from ..budget import GAUGED
 from ..structure.extents import Fixed
 from ..structure.groups import Structure
-from ..structure.record import call_model, copied
+from ..structure.record import copied
 from ..structure.untouched import untouched
 from .clock import device_clock
 from .energy import energy
@@ -36,6 +36,7 @@ from .latency import latency
 from .memory import memory
 from .params import parameters
 from .polynomial import Polynomial
+from .replay import forward_on
 
 __all__ = ["EXACT", "Bench", "Survey", "exact_costs", "step_share", "survey"]
 
@@ -123,6 +124,7 @@ def _latency(structure: Structure, bench: Bench) -> tuple[Polynomial, float]:
         rungs=steps.rungs(structure.sizes),
         floors=steps.floors,
         clock=bench.instruments.clock,
+        cuda_graph=bench.instruments.cuda_graph,
     )
     return found.seconds, found.least
 
@@ -132,10 +134,11 @@ def _energy(seconds: Polynomial, bench: Bench) -> Polynomial:
     model, meter = bench.model, bench.instruments.energy
     assert meter is not None
     inputs = copied(bench.deploy_inputs)
-    clock = device_clock(next(model.parameters()).device, bench.instruments.clock)
+    device = next(model.parameters()).device
+    forward = forward_on(device, cuda_graph=bench.instruments.cuda_graph)(model, inputs)
     with untouched(model), torch.no_grad():
         model.eval()
-        return energy(seconds, meter, lambda: call_model(model, inputs), clock=clock).joules
+        return energy(seconds, meter, forward, clock=device_clock(device, bench.instruments.clock)).joules
 
 
 def exact_costs(names: Iterable[str], structure: Structure) -> dict[str, Polynomial]:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from workers import ranks
 
 import controlprune as cp
+from controlprune.cost.clock import device_clock, measure_latency
+from controlprune.cost.latency import measure_widths
+from controlprune.structure import analyse
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,10 +54,11 @@ class Run:
         kind = options.pop("optimizer", torch.optim.AdamW)
         self.optimizer = kind(self.model.parameters(), lr=0.01, **options.pop("optimizer_options", {}))
         self.scaler = torch.amp.GradScaler("cuda") if options.pop("amp", False) else None
+        options.setdefault("policy", QUICK)
         self.controller = cp.attach(
             self.model, self.optimizer, budget=budget or cp.Budget(flops=0.5),
             example_inputs=(batch(0, self.shape)[0],), total_steps=STEPS, round_to=1,
-            **({"policy": QUICK} | options),
+            **options,
         )  # fmt: skip
         self.forward: Any = self.model
 
@@ -106,7 +110,7 @@ def test_masked_equals_shrunk_and_comes_back(name: str, park_on: str | None) -> 
 def test_whole_runs(options: dict[str, Any]) -> None:
     run = Run(**options)
     run.train(STEPS)
-    small = run.controller.finalize()
+    small: Any = run.controller.finalize()
     assert run.controller.cost()["flops"].fraction <= 0.5
     assert next(small.parameters()).is_cuda
     if options.get("channels_last"):
@@ -144,6 +148,50 @@ def test_latency_and_memory_under_budget() -> None:
     torch.cuda.reset_peak_memory_stats()
     run.controller.finalize()
     assert run.controller.cost()["memory"].fraction <= 0.8
+
+
+def replay_seconds(model: nn.Module, x: Tensor) -> float:
+    """Of a graph of its own, captured as torch's manual does it."""
+    graph, side, clock = torch.cuda.CUDAGraph(), torch.cuda.Stream(), device_clock(x.device)
+    with torch.no_grad():
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            model(x)
+    return measure_latency(graph.replay, clock=clock).median
+
+
+def test_latency_of_a_graph_under_budget() -> None:
+    """And the run goes on beside it: other streams, other graphs, the user's memory."""
+    x = batch(0, (8,))[0]
+    dense = replay_seconds(wide().cuda().eval(), x)
+    run = Run("wide", budget=cp.Budget(latency=0.7), instruments=cp.Instruments(cuda_graph=True))
+    run.train(STEPS)
+    small = run.controller.finalize().eval()
+    assert replay_seconds(small, x) < 0.8 * dense
+
+
+class Reads(nn.Module):
+    """A number that the host needs, and a linear layer on each side of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x))) * (2.0 if float(x.sum()) > 1e9 else 1.0)
+
+
+def test_a_forward_that_waits_cannot_be_captured() -> None:
+    model, x = Reads().cuda(), batch(0, (8,))[0]
+    with pytest.raises(ValueError, match="cannot be captured as a CUDA graph"):
+        measure_widths(analyse(model, (x,)), model, (x,), [(32,)], cuda_graph=True)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    model(x).sum().backward()
+    assert torch.isfinite(model.first.weight.grad).all()  # type: ignore[union-attr]
 
 
 def test_energy_under_budget() -> None:

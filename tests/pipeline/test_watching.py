@@ -96,7 +96,7 @@ RUNNERS = {  # where a module of the user's, or a copy, may be called: attach's 
     "structure/trial.py",
     "structure/standins.py",  # what a module's own class computes, called by the user's own pass
     "cost/energy.py",
-    "cost/forward_time.py",
+    "cost/replay.py",
     "cost/latency.py",
     "cost/memory.py",
     "cost/survey.py",
@@ -146,4 +146,4 @@ def test_nothing_else_in_the_package_calls_a_module() -> None:
         and (calls := [*calls_of_modules(ast.parse(path.read_text(encoding="utf-8")))])
     }
     assert found.keys() <= RUNNERS, {name: found[name] for name in found.keys() - RUNNERS}
-    assert {"structure/record.py", "cost/forward_time.py"} <= found.keys(), "the search finds those that do"
+    assert {"structure/record.py", "cost/replay.py"} <= found.keys(), "the search finds those that do"
