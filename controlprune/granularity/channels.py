@@ -61,4 +61,4 @@ class Channels(Granularity):
             )
         from ..plant.sharded import ShardedPlant  # it imports a good deal of torch
 
-        return ShardedPlant(model, optimizer, structure)
+        return ShardedPlant(model, optimizer, structure, park_on=park_on)

@@ -325,7 +325,8 @@ class Plant(BasePlant):
         self._await_parked()
         with torch.no_grad():
             for spot in self._spots:
-                unpack(spot, packed[spot.name], tensors[spot.name].device)
+                where = (self.park_on if compact else None) or tensors[spot.name].device
+                unpack(spot, packed[spot.name], where)
         self._unhook()
         self._hook(tensors)
 

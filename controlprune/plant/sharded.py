@@ -12,8 +12,9 @@ Gradients are averaged over the data by then: n ranks of B examples see what one
 
 **A shrink** stops the world: one tensor after the other is gathered, cut as one process cuts it, and laid out
 again under the same mesh (plant/fsdp.py), its optimizer state and gradient with it. No process ever holds
-more than one whole tensor. What is parked are the dense parts, where they were. Under tensor parallelism,
-shards along other dimensions than rows and offloading to the CPU, shapes stay (`Control(shrink=False)`).
+more than one whole tensor. What is parked are the dense parts, on `park_on` if given. Under tensor
+parallelism, shards along other dimensions than rows and offloading to the CPU, shapes stay
+(`Control(shrink=False)`).
 
 The trace is made before the parameters are sharded::
 
@@ -54,6 +55,7 @@ from .layout import Spot, Switch, at, cuts_of, move, put_, select
 from .masks import Masks, all_on, checked
 from .optimizer import require_nothing_beside
 from .parked import escaped, pack, parsed, unpack
+from .parking import fetched, parked
 from .plant import Plant, spots_of
 from .shards import LocalOptimizer, Shards, Windows, cut, full, inside, narrowed
 
@@ -65,7 +67,14 @@ REFUSED = (torch.optim.LBFGS, torch.optim.Adafactor)
 class ShardedPlant(Plant):
     """A plant on the parts of the parameters that this rank holds."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, structure: Structure) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        structure: Structure,
+        *,
+        park_on: torch.device | str | None = None,
+    ) -> None:
         if isinstance(optimizer, REFUSED):
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} keeps state of another layout than the parameters', "
@@ -77,7 +86,7 @@ class ShardedPlant(Plant):
         self._mine: frozenset[str] = frozenset()
         self._small: tuple[Spot, ...] = ()  # compact: the dense windows in which the parts here lie
         self._absent: Tensor | None = None  # compact: norms of the units that are out of the tensors
-        super().__init__(model, view, structure)
+        super().__init__(model, view, structure, park_on=park_on)
         self._uncut = {spot.name: spot for spot in spots_of(structure)}
         self._mine = self._shards.first_held([spot.name for spot in self._spots])
 
@@ -129,33 +138,60 @@ class ShardedPlant(Plant):
         with torch.no_grad():
             if self.compact:
                 self._expand()
-            super().apply(masks, compact=False)
             if compact:
                 self._shrink(masks)
+            else:
+                super().apply(masks, compact=False)
 
     def _shrink(self, masks: Masks) -> None:
-        """From the masked layout: whole tensors, cut, one after the other."""
-        self._absent = torch.cat(self.weight_norms())
-        super().apply(all_on(self.structure), compact=False)
+        """Whole tensors, cut, one after the other."""
+        self._bare()
+        self._absent = self._norms_at(masks)
         shards, known, kept = self._shards, {}, managed(self.model)
         for spot in self._spots:
             whole, part = shards.wholes.get(spot.name), shards.parts[spot.name]
             cuts = cuts_of(spot, masks, part.device, known)
             if whole is None:
                 states = self._state(spot, part)
-                move(spot, part, self.optimizer, states, cuts, Switch(False, True, None), ExitStack())
+                move(spot, part, self.optimizer, states, cuts, Switch(False, True, self.park_on), ExitStack())
                 continue
             live = at(cuts_of(self._uncut[spot.name], masks, part.device, known), "live")
             if not live:
                 continue
-            spot.cuts, spot.home = cuts, part.detach()
+            spot.cuts, spot.home = cuts, parked(part.detach(), self.park_on)
             grad, entries = whole.grad, shards.travelling(whole)
             relay(kept[id(whole)], select(full(whole), live))
             whole.grad = None if grad is None else cut(grad, whole, live)
             for key, entry in entries.items():
-                spot.state_home[key] = entry.to_local()
+                spot.state_home[key] = parked(entry.to_local(), self.park_on)
                 shards.keeper.state[whole][key] = cut(entry, whole, live)
+        if self.park_on is not None:
+            self._sending.add(shards.device)
         self._laid(masks, compact=True)
+
+    def _bare(self) -> None:
+        """From the masked layout to the dense one, where every tensor lies: what was parked goes at once."""
+        parts = self._shards.parts
+        self._require_as_laid(parts)
+        self._follow(parts)
+        states = {s.name: self._state(s, parts[s.name]) for s in self._spots}  # raises before any change
+        self._unhook()
+        for spot in (s for s in self._spots if s.cuts):
+            dense = Switch(False, False, None)
+            move(spot, parts[spot.name], self.optimizer, states[spot.name], {}, dense, ExitStack())
+
+    def _norms_at(self, masks: Masks) -> Tensor:
+        """What `weight_norms` would say of the masked layout, read off the dense one: no tensor is copied."""
+        known: dict = {}
+        for spot in self._spots:
+            part = self._shards.parts[spot.name]
+            spot.cuts, spot.home = cuts_of(spot, masks, part.device, known), part.detach()
+        self.masks = masks
+        found = torch.cat(self.weight_norms())
+        self._unhook()
+        for spot in self._spots:
+            spot.cuts, spot.home = {}, None
+        return found
 
     def _expand(self) -> None:
         """From the compact layout: dense, with every unit on."""
@@ -164,7 +200,7 @@ class ShardedPlant(Plant):
             whole, part = shards.wholes.get(spot.name), shards.parts[spot.name]
             if whole is None:
                 states = self._state(spot, part)
-                move(spot, part, self.optimizer, states, {}, Switch(True, False, None), ExitStack())
+                move(spot, part, self.optimizer, states, {}, Switch(True, False, self.park_on), ExitStack())
             elif spot.home is not None:
                 live = at(cuts_of(self._uncut[spot.name], masks, part.device, known), "live")
                 here = at(spot.cuts, "live")
@@ -173,14 +209,15 @@ class ShardedPlant(Plant):
                     for d, pair in enumerate(shards.dense[spot.name])
                 )
                 grad, entries = whole.grad, shards.travelling(whole)
+                home = fetched(spot.home, part)
                 homes = {
-                    key: put_(self._home(spot, key), here, narrowed(full(x), window))
+                    key: put_(self._home(spot, key, x.to_local()), here, narrowed(full(x), window))
                     for key, x in entries.items()
                 }
                 back = None
                 if grad is not None:
-                    back = put_(torch.zeros_like(spot.home), here, narrowed(full(grad), window))
-                dense = shards.joined(put_(spot.home, here, narrowed(full(whole), window)), spot.name)
+                    back = put_(torch.zeros_like(home), here, narrowed(full(grad), window))
+                dense = shards.joined(put_(home, here, narrowed(full(whole), window)), spot.name)
                 relay(kept[id(whole)], dense)
                 for key, home in homes.items():
                     shards.keeper.state[whole][key] = sharded_like(whole, home)
@@ -194,6 +231,7 @@ class ShardedPlant(Plant):
         set_sizes(self.model, self.structure, widths)
         count_live(self.model, self.structure, None)
         drop_caches(self.model)
+        torch.clear_autocast_cache()
         tensors, shards = named_tensors(self.model), self._shards
         shards.take(tensors)
         spans = {name: self._spans(name, masks) for name in tensors} if compact else {}
@@ -221,10 +259,12 @@ class ShardedPlant(Plant):
         if not self.compact:
             super()._require_as_laid(tensors)
 
-    def _home(self, spot: Spot, key: str) -> Tensor:
-        """Of state that appeared while units were away: zero for them."""
+    def _home(self, spot: Spot, key: str, live: Tensor) -> Tensor:
+        """Back beside `live`; of state that appeared while units were away: zero for them."""
         assert spot.home is not None
-        return spot.state_home[key] if key in spot.state_home else torch.zeros_like(spot.home)
+        if key in spot.state_home:
+            return fetched(spot.state_home[key], live)
+        return torch.zeros_like(spot.home, dtype=live.dtype, device=live.device)
 
     def harden(self) -> None:
         """Masked for good: what is parked is dropped, no hook is left."""
@@ -293,6 +333,7 @@ class ShardedPlant(Plant):
         """That of one process; a collective, one tensor after the other, kept on the CPU."""
         found = {f"mask/{name}": m.clone() for name, m in zip(self.structure.names, self.masks, strict=True)}
         found["compact"] = torch.tensor(self.compact)
+        self._await_parked()
         known: dict = {}
         for spot in self._spots:
             one = replace(self._uncut[spot.name])
@@ -320,6 +361,7 @@ class ShardedPlant(Plant):
         saved = dict(saved)
         masks, packed = parsed(saved, self.structure, tuple(self._uncut.values()))
         self.apply(masks, compact=bool(saved["compact"]))
+        self._await_parked()
         known: dict = {}
         with torch.no_grad():
             for spot in self._spots:

@@ -143,6 +143,30 @@ def test_attached_there_and_parked_here(rank: int) -> None:
 
 
 @ranks(1)
+def test_resumed_optimizer_state_waits_where_weights_do(rank: int) -> None:
+    """Also where it comes before the optimizer's own."""
+    with chip():
+        controllers = []
+        for _ in range(2):
+            model = to_chip(deep(4))
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+            inputs = (torch.zeros(2, 4, device="chip:0"),)
+            one = cp.attach(model, optimizer, budget=cp.Budget(flops=0.5), example_inputs=inputs,
+                            total_steps=8, round_to=1, park_on="cpu", policy=QUICK)  # fmt: skip
+            controllers.append(one)
+            if len(controllers) == 1:
+                model(inputs[0]).sum().backward()
+                optimizer.step()
+                one.set_masks({g.name: torch.arange(8) % 3 > 0 for g in one.groups})
+                one.shrink()
+        controllers[1].load_state_dict(controllers[0].state_dict())
+        for one in controllers:
+            homes = [home for spot in one.plant.spots for home in spot.state_home.values()]
+            assert homes
+            assert all(home.device.type == "cpu" for home in homes)
+
+
+@ranks(1)
 def test_the_pretend_device_tells(rank: int) -> None:
     with chip() as device:
         x = torch.ones(3, device="chip:0")

@@ -25,14 +25,21 @@ QUIET = cp.Control(observe_every=1000, update_every=1000, freeze=1.0)  # masks a
 class Run:
     """The same batches on every rank, so that the mean of the gradients is each of them to the last bit."""
 
-    def __init__(self, shard: Shard, optimizer: str = "adamw", policy: cp.Control = QUIET, steps: int = 500):
+    def __init__(
+        self,
+        shard: Shard,
+        optimizer: str = "adamw",
+        policy: cp.Control = QUIET,
+        steps: int = 500,
+        park_on: str | None = None,
+    ) -> None:
         self.model = net()
         traced = cp.trace(self.model, (torch.zeros(2, 8).double(),))
         shard(self.model)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         self.controller = cp.attach(
             self.model, self.optimizer, budget=cp.Budget(flops=0.5), example_inputs=traced, total_steps=steps,
-            round_to=1, policy=policy,
+            round_to=1, policy=policy, park_on=park_on,
         )  # fmt: skip
 
     def train(self, steps: int) -> None:
