@@ -44,7 +44,7 @@ class Apart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.between(self.one(x))
-        return self.two(x.to(self.two[0].weight.device, non_blocking=True))
+        return self.two(x.to(next(self.two.parameters()).device, non_blocking=True))
 
 
 class Run:

@@ -158,7 +158,7 @@ def test_parked_on_the_host_as_beside_the_live_shards(rank: int) -> None:
     run = Run(by_layer, park_on="cpu")
     for one in (beside, run):
         one.train(2)
-    shards = [StorageWeakRef(x.to_local().untyped_storage()) for x in (*run.model.parameters(),)[:4]]
+    shards = [StorageWeakRef(x.untyped_storage()) for x in lying(run)[0][:12]]  # of two layers
     apart = Apart(host)
     for where, turn in TURNS.items():
         with nullcontext() if where == "saved" else apart:  # packed where the masks are

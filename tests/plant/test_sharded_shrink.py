@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from test_sharded import Shard, at_once, by_layer, hybrid, net, none, tensor_parallel, whole
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from workers import ranks
@@ -158,13 +158,15 @@ def save(run: Run, folder: Any) -> None:
     run.controller.sync()
     controller = cp.Packed(run.controller)
     model, optimizer = get_state_dict(run.model, run.optimizer)
-    dcp.save({"controller": controller, "model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    state_dict_saver.save(
+        {"controller": controller, "model": model, "optimizer": optimizer}, checkpoint_id=folder
+    )
 
 
 def load(run: Run, folder: Any) -> None:
-    dcp.load({"controller": cp.Packed(run.controller)}, checkpoint_id=folder)
+    state_dict_loader.load({"controller": cp.Packed(run.controller)}, checkpoint_id=folder)
     model, optimizer = get_state_dict(run.model, run.optimizer)
-    dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
+    state_dict_loader.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder)
     set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
 
