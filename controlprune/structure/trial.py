@@ -78,6 +78,7 @@ class Trial:
     forwards: int = 0
     _values: dict[str, Tensor] = field(default_factory=dict)
     _readers: dict[str, list[tuple[int, int, Extent]]] = field(default_factory=dict)  # group, dim, extent
+    _rooms: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)  # see _room
     _elsewhere: list[str] = field(default_factory=list)  # lines that ask (more) about sizes only when shrunk
     _doubles: bool | None = None  # does the model run in float64? None: not tried
 
@@ -112,12 +113,11 @@ class Trial:
         if [y.shape for y in masked] != [y.shape for y in shrunk]:
             return False
         if self._doubles is not False:
-            values = {name: _double(value) for name, value in self._values.items()}
             inputs = pytree.tree_map_only(Tensor, _double, self.example_inputs)
             try:
-                exact = self._masked(values, inputs, masks)
+                exact = self._masked(self._values, inputs, masks, double=True)
                 self._doubles = any(y.dtype == torch.float64 for y in exact)
-                if self._doubles and agree(exact, self._shrunk(values, inputs, masks)):
+                if self._doubles and agree(exact, self._shrunk(self._values, inputs, masks, double=True)):
                     return True
             except Exception:
                 self._doubles = False
@@ -138,9 +138,9 @@ class Trial:
         return noise if NOISE * noise <= MOST_NOISE else None
 
     def _shrunk(
-        self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]
+        self, values: Values, inputs: ExampleInputs, masks: Sequence[Tensor], *, double: bool = False
     ) -> list[Tensor]:
-        live = {n: select_live(v, self.structure.tensors[n], masks) for n, v in values.items()}
+        live = {name: self._live(name, value, masks, double) for name, value in values.items()}
         widths = [int(mask.sum()) for mask in masks]
         asked: list[Question] = []
         with listening(asked.append), traced_attributes(self.model), SizeReader():
@@ -150,27 +150,47 @@ class Trial:
         return outputs
 
     def _masked(
-        self, values: Mapping[str, Tensor], inputs: ExampleInputs, masks: Sequence[Tensor]
+        self, values: Values, inputs: ExampleInputs, masks: Sequence[Tensor], *, double: bool = False
     ) -> list[Tensor]:
-        zeroed = {name: self._zeroed(name, value, masks) for name, value in values.items()}
+        zeroed = {name: self._zeroed(name, value, masks, double) for name, value in values.items()}
         with _counting(self.model, self.structure, masks):
             return self._forward(zeroed, inputs, None)
 
-    def _zeroed(self, name: str, value: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    def _live(self, name: str, value: Tensor, masks: Sequence[Tensor], double: bool) -> Tensor:
+        live = select_live(value, self.structure.tensors[name], masks)
+        if live is value:
+            return self._as(name, value, double)
+        room = self._room(name, value, double)
+        return room.as_strided((live.numel(),), (1,)).view(live.shape).copy_(live)
+
+    def _zeroed(self, name: str, value: Tensor, masks: Sequence[Tensor], double: bool) -> Tensor:
         """Reader slices of units that are off times 0: one pass over memory, as the copy alone would be."""
+        zeroed = value
         for number, dim, extent in self._readers.get(name, ()):
             if not bool(masks[number].all()):
                 alone = [m if n == number else torch.ones_like(m) for n, m in enumerate(masks)]
                 shape = [-1 if d == dim else 1 for d in range(value.dim())]
-                value = value * keep(extent, alone).to(value).view(shape)
-        return value
+                on = keep(extent, alone).to(value).view(shape)
+                zeroed = torch.mul(zeroed, on, out=self._room(name, value, double))
+        return self._as(name, value, double) if zeroed is value else zeroed
+
+    def _as(self, name: str, value: Tensor, double: bool) -> Tensor:
+        return self._room(name, value, double).copy_(value) if double else value
+
+    def _room(self, name: str, value: Tensor, double: bool) -> Tensor:
+        """Memory for this tensor that every pass uses again: fresh pages would cost more than a pass does."""
+        dtype = torch.float64 if double and value.is_floating_point() else value.dtype
+        if (name, dtype) not in self._rooms:
+            self._rooms[name, dtype] = torch.empty_like(value, dtype=dtype)
+        return self._rooms[name, dtype]
 
     def _forward(self, values: Values, inputs: ExampleInputs, widths: list[int] | None) -> list[Tensor]:
         self.forwards += 1
         with at_widths(self.model, self.structure, values, widths), torch.no_grad():
             seed_all(0)
             with reference_kernels(self.model):
-                return output_tensors(call_model(self.model, copied(inputs)))
+                outputs = output_tensors(call_model(self.model, copied(inputs)))
+                return [y.clone() for y in outputs]  # one may be a weight, whose memory is used again
 
 
 @contextmanager

@@ -16,6 +16,7 @@ may refer to are no part of it, and the search ends after `OBJECTS` of them, nea
 from __future__ import annotations
 
 import functools
+import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -243,7 +244,7 @@ def _set_again(owner: Any, name: str, value: object) -> None:
 
 
 def _refill(held: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if held.keys() != before.keys() or not _alike(list(held.values()), list(before.values())):
+    if not (_alike(held, before) and _alike(held.values(), before.values())):
         held.clear()
         held.update(before)
 
@@ -255,7 +256,7 @@ def _refill_row(held: Any, before: Any) -> None:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

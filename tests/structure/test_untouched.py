@@ -228,6 +228,14 @@ def test_values_that_were_given_other_memory_come_back() -> None:
     assert len(model) == 2
 
 
+def test_contents_come_back_in_their_order() -> None:
+    model = nn.Identity()
+    model.names = {"a": 1, "b": 2}  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    with untouched(model):
+        model.names["a"] = model.names.pop("a")
+    assert list(model.names) == ["a", "b"]
+
+
 def test_what_refers_to_itself_or_to_a_great_many_is_no_trap() -> None:
     model: Any = nn.Linear(2, 2)
     model.me = [model]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from .seen import Seen, SeenInt, Term, give, is_rough, plain, take
@@ -31,6 +32,8 @@ class SizeReader(TorchFunctionMode):
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What happens with any other function."""
+        if not has_seen((args, tuple(kwargs.values()))):
+            return func(*args, **kwargs)
         result = func(*plainly(args), **{name: plainly(value) for name, value in kwargs.items()})
         name, values = getattr(func, "__name__", ""), (args, tuple(kwargs.values()))
         told = name in MADE_OF or isinstance(result, (int, float, torch.Size))
@@ -73,7 +76,12 @@ def argument(
 
 def has_seen(value: object) -> bool:
     """Is there a followed number in it?"""
-    return any(True for _ in seen_numbers(value))
+    kind = type(value)
+    if kind is Tensor or kind is Parameter:  # most arguments
+        return False
+    if issubclass(kind, (tuple, list)):
+        return any(map(has_seen, value))  # type: ignore[arg-type]
+    return next(seen_numbers(value), None) is not None
 
 
 def filling(args: Any, kwargs: dict[str, Any], position: int | None) -> Any:
