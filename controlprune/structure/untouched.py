@@ -161,7 +161,7 @@ class Memory:
         held = getattr(value, "__dict__", None)
         if isinstance(held, dict):
             before = dict(held)
-            self.restores.append(lambda: _refill(held, before))
+            self.restores.append(functools.partial(_refill, held, before))
             self._expect(*held.values())
         for name in (n for kind in type(value).__mro__ for n in _slots(kind) if hasattr(value, n)):
             slot = getattr(value, name)
@@ -180,7 +180,7 @@ class Memory:
     def _contents(self, value: Any) -> None:
         before = dict(value) if isinstance(value, dict) else value.copy()
         if isinstance(value, dict):
-            self.restores.append(lambda: _refill(value, before))
+            self.restores.append(functools.partial(_refill, value, before))
             self._expect(*value.values())
         elif isinstance(value, set):
             self.restores.append(lambda: None if value == before else (value.clear(), value.update(before)))
@@ -244,7 +244,8 @@ def _set_again(owner: Any, name: str, value: object) -> None:
 
 
 def _refill(held: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if not (_alike(held, before) and _alike(held.values(), before.values())):
+    same = len(held) == len(before) and all(map(operator.is_, held, before))
+    if not (same and all(map(operator.is_, held.values(), before.values()))):
         held.clear()
         held.update(before)
 
