@@ -4,6 +4,7 @@
      "shapes": {tensor: [n_1, …]},                      every tensor that is not as its class makes it
      "sizes":  [[module, attribute, index, value], …],  the Python integers that go with them
      "picked": {buffer: [[N_1, [i, …]], …]},            of N_1, … positions those that are there
+     "views": [module, …],                              modules that infer sizes (structure/views.py)
      "skipped": [[module, returns, stays], …]}          modules that are not run (structure/skipping.py)
 
 It goes where the model's own configuration is saved. A model that is pruned twice has the second record over
@@ -23,6 +24,7 @@ from ..structure.extents import Fixed, keep, size
 from ..structure.groups import SizeAttribute, Structure
 from ..structure.sizes import get_size, let_heads_leave, set_size
 from ..structure.skipping import off, skip_for_good
+from ..structure.views import infer_sizes
 
 __all__ = ["narrow", "pick", "picked", "record"]
 
@@ -43,8 +45,9 @@ def record(structure: Structure, widths: Sequence[int], before: Record | None = 
             sizes[a.module, a.attribute, a.index] = [a.module, a.attribute, a.index, value]
     skipped = [list(e) for e in (before or {}).get("skipped", ())]
     skipped += [list(e) for e in off(structure.branches, [torch.ones(n) for n in widths])]
+    views = [*(before or {}).get("views", ()), *structure.views]
     found = {"format": FORMAT, "shapes": shapes, "sizes": list(sizes.values())}
-    return found | ({"skipped": skipped} if skipped else {})
+    return found | ({"skipped": skipped} if skipped else {}) | ({"views": views} if views else {})
 
 
 def picked(
@@ -80,6 +83,7 @@ def narrow(model: nn.Module, widths: Record) -> None:
     for module, attribute, index, value in widths["sizes"]:
         set_size(modules, module, attribute, index, value)
     let_heads_leave(model)
+    infer_sizes(model, widths.get("views", ()), away=True)
     with torch.no_grad():
         for name, shape in widths["shapes"].items():
             where = widths.get("picked", {}).get(name)
@@ -108,6 +112,8 @@ def _require_alike(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tenso
         for module, returns, stays in widths.get("skipped", ()):
             if module not in modules or type(returns) is not int or type(stays) is not bool:
                 raise ValueError(f"{module!r} is no module that can be skipped")
+        for module in widths.get("views", ()):
+            modules[module]
         for module, attribute, index, value in widths["sizes"]:
             found = get_size(modules, SizeAttribute(module, attribute, index, Fixed(0)))
             if type(found) is not int or not 0 < value <= found:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .extents import groups_in
 from .formula import recognised
 from .groups import Group, Structure
 from .record import ExampleInputs, record
@@ -22,7 +23,8 @@ from .tape.build import build
 from .tape.rows import Rows
 from .tape.tape import Tape
 from .untouched import Memory
-from .verify import verify
+from .verify import flops, verify
+from .views import alike, inferring
 
 __all__ = ["analyse", "find_groups", "require_groups", "tensors_in"]
 
@@ -47,7 +49,21 @@ def analyse(
     with memory.kept():
         structure, trains = _traced(model, example_inputs, ignored, Rows() if head_dim else None)
         memory.drop_copies(model.parameters())  # no forward wrote these: of a large model they are much
-        return verify(model, example_inputs, structure, trains=trains) if check else structure
+        if not check:
+            return structure
+        found, views = verify(model, example_inputs, structure, trains=trains)
+        if not (paths := alike(model, views)):
+            return found
+        with inferring(model, paths):
+            structure, trains = _traced(model, example_inputs, ignored, Rows() if head_dim else None)
+            more, _ = verify(model, example_inputs, replace(structure, views=paths), trains=trains)
+        return replace(max(found, more, key=_reach), forwards=found.forwards + more.forwards)
+
+
+def _reach(structure: Structure) -> float:
+    """The share of the work in which a width can shrink."""
+    shrinks = [work for work in structure.work if any(map(groups_in, work.factors))]
+    return flops(shrinks) / (flops(structure.work) or 1)
 
 
 def _traced(

@@ -5,7 +5,9 @@
                                  first, or of each group alone (Mamba-2), if they are last
     y  = (x - mu) / sqrt(v + eps) * (offset + w) + b
 
-and where a gate z is given, x silu(z) for x, or y silu(z) for y (the norms of Mamba).
+where mean x² is Σ x² over a number of channels that the module keeps, if it does not count them
+(F.normalize(x) * self.scale with scale = √C), and where a gate z is given, x silu(z) for x, or y silu(z)
+for y (the norms of Mamba).
 
 A module is taken for a norm by what it answers to random numbers with random parameters, on a copy of it,
 never by its name: torch's own, those of transformers and a user's alike. With units off, `normalised` takes
@@ -32,7 +34,8 @@ from .untouched import seeded
 __all__ = ["Formula", "answer", "formula_of", "normalised", "recognised"]
 
 EPSILONS = (0.0, 0.1)  # a number of a module between them may be its eps
-WRITTEN = (1e-5, 1e-6, 1e-12, 1e-8)  # or one of these may be in its code
+WRITTEN = (1e-5, 1e-6, 1e-12, 1e-8, 1e-24)  # or one of these may be in its code; the last: of F.normalize
+LEAST = 1e-8  # entries are tried that are as small: below it eps may be a floor, not a summand
 FAR = 10.0  # times larger, x gives the same answer
 CLOSE = 1e-3  # of the largest entry: modules compute in float32, and near eps
 USUAL = 8  # channels tried where no parameter tells how many there are
@@ -56,6 +59,7 @@ class Formula:
     gate: Literal["", "before", "after"] = ""
     own_dtype: bool = True  # y has the dtype of x; else the wider one of x and w
     own_dtype_in_autocast: bool = True
+    kept: int | None = None  # the number of channels that the module divides by, however many there are
 
 
 def normalised(
@@ -91,8 +95,8 @@ def _over_channels(x: Tensor, formula: Formula, on: Tensor) -> Tensor:
     n = on.sum(formula.axis, keepdim=True).clamp_min(1)
     if formula.centred:
         x = x - (x * on).sum(formula.axis, keepdim=True) / n
-    v = (x.square() * on).sum(formula.axis, keepdim=True) / n
-    return x * torch.rsqrt(v + _eps(x, formula))
+    v = (x.square() * on).sum(formula.axis, keepdim=True) / (n if formula.kept is None else formula.kept)
+    return _bounded(x * torch.rsqrt(v + _eps(x, formula)), on, x.shape[formula.axis])
 
 
 def _over_groups(x: Tensor, formula: Formula, on: Tensor) -> Tensor:
@@ -101,7 +105,13 @@ def _over_groups(x: Tensor, formula: Formula, on: Tensor) -> Tensor:
     n = (on.sum(2, keepdim=True) * grouped.shape[3]).clamp_min(1)
     grouped = grouped - (grouped * on).sum((2, 3), keepdim=True) / n
     v = (grouped.square() * on).sum((2, 3), keepdim=True) / n
-    return (grouped * torch.rsqrt(v + _eps(x, formula))).view(x.shape)
+    y = _bounded(grouped * torch.rsqrt(v + _eps(x, formula)), on, grouped.shape[2] * grouped.shape[3])
+    return y.view(x.shape)
+
+
+def _bounded(y: Tensor, on: Tensor, n: int) -> Tensor:
+    """|y| ≤ √n for dormant ones, as if they counted: where one is live v = 0, and y would grow by layers."""
+    return torch.where(on.bool(), y, y.clamp(-math.sqrt(n), math.sqrt(n)))
 
 
 def _eps(wide: Tensor, formula: Formula) -> float:
@@ -183,8 +193,8 @@ def _fitting(module: nn.Module) -> Iterator[Formula]:
         far = _answers(module, [(x, *gate), (FAR * x, *gate)])
         if far is None or _gap(*far) > CLOSE:
             continue
-        for eps in _epsilons(module) or WRITTEN:
-            scale = math.sqrt(torch.finfo(torch.float64).eps if eps is None else eps)
+        for eps in (*_epsilons(module), *WRITTEN):
+            scale = max(math.sqrt(torch.finfo(torch.float64).eps if eps is None else eps), LEAST)
             inputs = [(x, *gate), (scale * x, *gate)]
             answers = _answers(module, inputs) or []
             for centred, offset, gain, bias, when in itertools.product(
@@ -194,7 +204,7 @@ def _fitting(module: nn.Module) -> Iterator[Formula]:
                     continue
                 formula = Formula(axis, groups, centred, eps, gain, bias, offset, when)
                 if answers and _agrees(module, formula, inputs, answers):
-                    yield _with_dtypes(module, formula, inputs[0])
+                    yield _with_dtypes(module, _with_count(module, formula, inputs[0]), inputs[0])
 
 
 def _forms(module: nn.Module) -> Iterator[tuple[int, int, tuple[int, ...]]]:
@@ -241,6 +251,22 @@ def answer(
     """The module's answer to x (and a gate), with statistics over the live channels."""
     gain, bias = (None if n is None else getattr(module, n).flatten() for n in (formula.gain, formula.bias))
     return normalised(x, formula, live, gain, bias, gate)
+
+
+def _with_count(module: nn.Module, formula: Formula, given: Inputs) -> Formula:
+    """Asked with half of the channels: does it divide by their number, or by that of all?"""
+    if formula.groups:
+        return formula
+    all_channels = given[0].shape[formula.axis]
+    half, narrow = copy.deepcopy(module), tuple(x.narrow(formula.axis, 0, all_channels // 2) for x in given)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.narrow(_longest(parameter), 0, all_channels // 2)
+    kept, answers = replace(formula, kept=all_channels), _answers(half, [narrow]) or []
+    return kept if answers and _agrees(half, kept, [narrow], answers) else formula
+
+
+def _longest(parameter: Tensor) -> int:
+    return max(range(parameter.dim()), key=lambda d: parameter.shape[d])
 
 
 def _with_dtypes(module: nn.Module, formula: Formula, given: Inputs) -> Formula:

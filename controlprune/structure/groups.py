@@ -167,6 +167,7 @@ class Structure:
     guards: tuple[Guard, ...] = ()  # what the model's code asks about widths
     asked: Mapping[Place, int] = field(default_factory=dict)  # where, and how often in a pass
     branches: tuple[Branch, ...] = ()
+    views: tuple[str, ...] = ()  # modules that infer sizes of views while units are away (structure/views.py)
     forwards: int = 0  # of the model, that the traces and the check took
     verified: bool = True  # masked = shrunk was tried on the model (not possible on meta tensors)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from .extents import Concat, Extent, Fixed, Product, Units, groups_in
 
-__all__ = ["Guard", "Place", "Quantity", "Reckoned", "Unprovable", "groups_of", "unseen"]
+__all__ = ["Guard", "Place", "Quantity", "Reckoned", "Unprovable", "groups_of", "reckoned", "unseen"]
 
 PAIRS = 2**18  # of widths that are all tried
 SOME = 96  # widths of each where there are more
@@ -72,6 +73,35 @@ class Unprovable(Exception):
     def __init__(self, reason: str, groups: Collection[int] = ()) -> None:
         super().__init__(reason)
         self.reason, self.groups = reason, groups
+
+
+def reckoned(operator: str, terms: tuple[Quantity, ...]) -> Quantity:
+    """`operator` of the terms: a product of lengths is a length, and so is what is left without a factor."""
+    lengths = [factors for term in terms if (factors := _factors(term)) is not None]
+    if len(lengths) == len(terms) and operator == "mul":
+        return _product([factor for factors in lengths for factor in factors])
+    if len(lengths) == len(terms) and operator in ("mod", "floordiv"):
+        whole, parts = map(Counter, lengths)
+        if parts <= whole:
+            return 0 if operator == "mod" else _product([*(whole - parts).elements()])
+    return Reckoned(operator, terms)
+
+
+def _factors(term: Quantity) -> Sequence[Extent] | None:
+    """Of a length; None: it is none."""
+    match term:
+        case Product(factors):
+            return factors
+        case Reckoned() | float():
+            return None
+        case int():
+            return () if term == 1 else (Fixed(term),)
+        case _:
+            return (term,)
+
+
+def _product(factors: Sequence[Extent]) -> Quantity:
+    return factors[0] if len(factors) == 1 else Product(tuple(factors)) if factors else 1
 
 
 def groups_of(quantity: Quantity | Guard) -> set[int]:

@@ -45,6 +45,7 @@ def structure_to_json(structure: Structure) -> dict[str, Any]:
         "attributes": [
             [a.module, a.attribute, a.index, _extent_to_json(a.extent)] for a in structure.attributes
         ],
+        **({"views": list(structure.views)} if structure.views else {}),
         **({"branches": [_branch_to_json(b) for b in structure.branches]} if structure.branches else {}),
     }
 
@@ -74,6 +75,7 @@ def structure_from_json(value: Any) -> Structure:
             for m, a, i, e in value["attributes"]
         ),
         work=(),
+        views=tuple(map(_text, value.get("views", ()))),
         branches=tuple(_branch_from_json(b) for b in value.get("branches", ())),
     )
     _require_consistent(structure)
@@ -108,7 +110,7 @@ def misfit(structure: Structure, model: nn.Module) -> str:
             return f"{name!r} is {'a parameter' if name in parameters else 'a buffer'} of it"
     if extra := sorted(own.keys() - structure.tensors.keys()):
         return f"it has a tensor {extra[0]!r} more"
-    for name in (n for b in structure.branches for n in b.returns):
+    for name in (*structure.views, *(n for b in structure.branches for n in b.returns)):
         if name not in modules:
             return f"it has no module {name!r}"
     for entry in structure.attributes:

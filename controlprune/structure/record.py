@@ -34,6 +34,7 @@ from .rules.table import fresh, lookup, taint
 from .surroundings import as_found
 from .tape.attributes import SizeWatcher, traced_attributes
 from .tape.memory import storage_of
+from .tape.remembered import asked_anew
 from .tape.seen import listening
 from .tape.tape import Call, Dims, Rule, Tape
 
@@ -152,7 +153,8 @@ def copied(example_inputs: ExampleInputs) -> ExampleInputs:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Not of a subclass that is there for its name only (torchvision's images): no tracer sees into one."""
-    return tensor if is_traceable_wrapper_subclass(tensor) else tensor.as_subclass(Tensor)
+    kept = type(tensor) is Tensor or is_traceable_wrapper_subclass(tensor)
+    return tensor if kept else tensor.as_subclass(Tensor)
 
 
 def output_tensors(value: Any) -> list[Tensor]:
@@ -191,6 +193,7 @@ def record(tape: Tape, example_inputs: ExampleInputs) -> Any:
         reference_kernels(tape.model),
         module_names(tape),
         traced_attributes(tape.model),
+        asked_anew(),
         listening(asked.append),
         Recorder(tape),
         SizeWatcher(tape),

@@ -15,6 +15,7 @@ from .heads import OwnHeads
 from .standins import no_fused_layers, restore, stand_in
 from .tape.axes import Axis, pin
 from .tape.tape import MEET, SCALE, Tape
+from .views import infer_sizes
 
 __all__ = ["bind_module_attributes", "get_size", "let_heads_leave", "set_size", "set_sizes"]
 
@@ -28,6 +29,7 @@ def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | No
     for entry in structure.attributes:
         set_size(modules, entry.module, entry.attribute, entry.index, size(entry.extent, widths))
     let_heads_leave(model)
+    infer_sizes(model, structure.views, away=widths is not None and tuple(widths) != structure.sizes)
 
 
 def set_size(

@@ -3,6 +3,7 @@
     while masked   a norm takes its statistics over live units only (structure/formula.py)
                    a router's logits of units that are off are -inf (structure/rules/routing.py)
     while shrunk   nn.MultiheadAttention has heads of their own size (structure/heads.py)
+                   sizes of views that do not follow are inferred (structure/views.py)
     either         torch's fused encoder layer, which knows neither, is off around them
 
 Only `module.__class__` changes, and back. The object, its parameters, hooks and state-dict keys are the

@@ -34,6 +34,7 @@ from .record import ExampleInputs, call_model, copied, output_tensors, reference
 from .standins import count_live
 from .tape.attributes import traced_attributes
 from .tape.reading import SizeReader
+from .tape.remembered import asked_anew
 from .tape.seen import Question, listening
 from .untouched import Memory, seed_all
 
@@ -46,6 +47,7 @@ QUIET = 1e-3  # vectors below it (layer scales) count as constant
 DIFFERS = "the numeric check failed: masked and shrunk outputs differ"
 ELSEWHERE = "at some widths the model's code asks about sizes that it does not ask about when dense"
 FIXED = "the model's code fixes its size"
+VIEW = r"shape '\[[^-]*\]' is invalid"  # of a view's error, where no size is inferred
 KEPT = "a size that the module keeps, as self.head_dim"
 REWRITES = (  # how an error's text begins, and what to write instead
     (r"shape '\[-1, \d+\]'", "write x.flatten(1), or -1 for the size that shrinks"),
@@ -65,6 +67,7 @@ class Failure:
 
     reason: str
     module: str = ""
+    view: bool = False  # was it a view that the sizes given do not fit?
 
 
 @dataclass
@@ -143,7 +146,7 @@ class Trial:
         live = {name: self._live(name, value, masks, double) for name, value in values.items()}
         widths = [int(mask.sum()) for mask in masks]
         asked: list[Question] = []
-        with listening(asked.append), traced_attributes(self.model), SizeReader():
+        with listening(asked.append), traced_attributes(self.model), asked_anew(), SizeReader():
             outputs = self._forward(live, inputs, widths)
         more = Counter(question.place for question in asked) - Counter(self.structure.asked)
         self._elsewhere += [question.line for question in asked if question.place in more]
@@ -262,7 +265,9 @@ def _told(error: Exception, model: nn.Module) -> Failure:
             place = f"; {path.rpartition('/')[2]}:{line}: {linecache.getline(path, line).strip()}"
     text = next(iter(str(error).strip().splitlines()), "")
     instead = next((f"; to prune it, {hint}" for begin, hint in REWRITES if re.match(begin, text)), "")
-    return Failure(f"{FIXED} ({type(error).__name__}: {text}{place}{instead})", module)
+    return Failure(
+        f"{FIXED} ({type(error).__name__}: {text}{place}{instead})", module, bool(re.match(VIEW, text))
+    )
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:

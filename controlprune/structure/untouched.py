@@ -206,7 +206,7 @@ class Memory:
         self._expect(gradient)
 
         def restore() -> None:
-            if tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
+            if tensor.shape != data.shape or _address(tensor) != _address(data):
                 tensor.data = data
             for value in copies:
                 if not _same(data, value):
@@ -258,6 +258,11 @@ def _refill_row(held: Any, before: Any) -> None:
 
 def _alike(a: Any, b: Any) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where its numbers lie; 0 of a sparse one, which has several places."""
+    return tensor.data_ptr() if tensor.layout == torch.strided else 0
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -22,10 +22,10 @@ from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, s
 from .groups import Refusal, Slice, Structure, Work, widths_of
 from .guards import Guard, Quantity, Reckoned, Unprovable, groups_of, unseen
 from .record import ExampleInputs
-from .tape.build import ALIGNED
+from .tape.grouping import ALIGNED
 from .trial import DIFFERS, FIXED, Failure, Trial
 
-__all__ = ["verify", "without"]
+__all__ = ["flops", "verify", "without"]
 
 CHEAP = 10**9  # FLOPs of a forward pass under which groups meet at four sizes instead of one
 
@@ -39,25 +39,27 @@ def verify(
     seed: int = 0,
     *,
     trains: bool = False,
-) -> Structure:
-    """The structure without the groups for which masked and shrunk outputs disagree (in eval mode).
+) -> tuple[Structure, set[str]]:
+    """The structure without the groups for which masked and shrunk outputs disagree (in eval mode), and the
+    modules in which a view was the reason.
 
     `trains`: the forward also runs in training mode, and must when shrunk (its values are random there).
     """
     if any(tensor.device.type == "meta" for tensor in model.parameters()):
-        return replace(structure, verified=False)
+        return replace(structure, verified=False), set()
     if not structure.groups:
-        return structure
-    joint = draws(structure, seed, meetings=4 if _flops(structure) < CHEAP else 1)
+        return structure, set()
+    joint = draws(structure, seed, meetings=4 if flops(structure.work) < CHEAP else 1)
     check = _Check(structure, Trial(model, example_inputs, structure, seed), joint, trains)
     check.run()
     groups = tuple(replace(g, multiple=check.multiples.get(n, 1)) for n, g in enumerate(structure.groups))
     left = without(replace(structure, groups=groups), check.refused)
-    return replace(left, verified=True, forwards=structure.forwards + check.trial.forwards)
+    return replace(left, verified=True, forwards=structure.forwards + check.trial.forwards), check.views
 
 
-def _flops(structure: Structure) -> float:
-    return sum(work.coefficient * math.prod(size(f) for f in work.factors) for work in structure.work)
+def flops(works: Sequence[Work]) -> float:
+    """Of all, dense."""
+    return sum(work.coefficient * math.prod(size(f) for f in work.factors) for work in works)
 
 
 def _by_likeness(structure: Structure, numbers: Sequence[int]) -> Families:
@@ -77,6 +79,7 @@ class _Check:
     draws: list[list[Tensor]]
     trains: bool
     refused: dict[int, str] = field(default_factory=dict)
+    views: set[str] = field(default_factory=set)  # modules with a view that refused a group
     multiples: dict[int, int] = field(default_factory=dict)  # widths that a kernel insists on
 
     def __post_init__(self) -> None:
@@ -158,6 +161,8 @@ class _Check:
                 return [*accepted, number]
             del self.multiples[number]
         self.refused[number] = failure.reason + self._asked(number, failure)
+        if failure.view:
+            self.views.add(failure.module)
         return accepted
 
     def _asked(self, number: int, failure: Failure) -> str:

@@ -35,7 +35,6 @@ TOLD = (  # case, what is refused, its size, why
     ("tied_embedding", "embed", 11, "its rows are looked up by index"),
     ("lstm_projected", "cells", 8, "nn.LSTM with proj_size"),
     ("unknown_operator", "first", 8, "operator controlprune_test::blur has no rule"),
-    ("heads_by_shape", "qkv", 4, "the model's code fixes its size (RuntimeError: shape"),
     ("scaled_by_width", "a", 8, "the numeric check failed: masked and shrunk outputs differ"),
     ("lora", "out", 2, "an output of the model"),
 )

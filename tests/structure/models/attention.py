@@ -65,7 +65,7 @@ class TorchEncoder(nn.Module):
 
 
 class HeadsByShape(nn.Module):
-    """Heads from an attribute, the width of the stream written into the last reshape: can't be pruned."""
+    """Heads from an attribute, the width of the stream written into the last reshape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +137,8 @@ class LinearAttention(nn.Module):
 class CachedBias(nn.Module):
     """Attention biases by offset, gathered in eval mode and kept until the next training mode (LeViT)."""
 
+    offsets: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.heads, self.head_dim, tokens = 4, 3, 7
@@ -175,7 +177,7 @@ CASES: Cases = {
     "multihead_keys": (KeysOfItsOwn, SEQUENCE, [9]),
     "encoder_layer": (lambda: TorchEncoder(False), (2, 5, 12), [3, 20]),
     "encoder_layer_prenorm": (lambda: TorchEncoder(True), (2, 5, 12), [3, 20]),
-    "heads_by_shape": (HeadsByShape, (2, 5, 12), [7]),
+    "heads_by_shape": (HeadsByShape, (2, 5, 12), [4, 7]),
     "fused_heads": (FusedHeads, (2, 5, 12), [4]),
     "linear_attention": (LinearAttention, (2, 7, 6), [2, 5]),
     "cached_bias": (CachedBias, SEQUENCE, [4]),
