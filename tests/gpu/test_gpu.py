@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from rig import QUICK, Residual, mlp
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from workers import ranks
 
 import controlprune as cp
@@ -210,3 +212,28 @@ def test_nccl_with_one_rank(rank: int) -> None:
     run.train(STEPS)
     run.controller.finalize()
     assert run.controller.cost()["flops"].fraction <= 0.5
+
+
+@ranks(1)
+def test_shards_wait_in_page_locked_memory(rank: int, tmp_path: Any) -> None:
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    model = mlp()
+    traced = cp.trace(model, (torch.zeros(16, 8),))
+    fully_shard(model.cuda())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    controller = cp.attach(model, optimizer, budget=cp.Budget(flops=0.5), example_inputs=traced,
+                           total_steps=STEPS, round_to=1, policy=QUICK, park_on="cpu")  # fmt: skip
+    model(batch(0, (8,))[0]).square().mean().backward()
+    optimizer.step()
+    before = [p.full_tensor().clone() for p in model.parameters() if isinstance(p, DTensor)]
+    controller.set_masks({g.name: torch.arange(g.size) % 3 > 0 for g in controller.groups})
+    controller.shrink()
+    homes = [x for s in controller.plant.spots for x in (s.home, *s.state_home.values()) if x is not None]
+    assert len(homes) > 2
+    assert all(home.is_pinned() for home in homes)
+    controller.detach()
+    after = [p.full_tensor() for p in model.parameters() if isinstance(p, DTensor)]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
