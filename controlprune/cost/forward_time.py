@@ -64,10 +64,8 @@ class Gauge:
         self.resources = tuple(relative)
         self._relative, self.seconds = dict(relative), seconds
         self._inputs = copied(inputs)
-        device = next(model.parameters()).device
-        self._clock = device_clock(device, instruments.clock)
-        self._forward = forward_on(device, cuda_graph=instruments.cuda_graph)
-        self._warm = WARM if instruments.cuda_graph else 0
+        self._device, self._cuda_graph = next(model.parameters()).device, instruments.cuda_graph
+        self._clock = device_clock(self._device, instruments.clock)
         self._fails = False
         self._yardstick = self._twin(model) if any(relative.values()) else None
 
@@ -87,7 +85,7 @@ class Gauge:
             for name, relative in self._relative.items()
         }
         spread = BURSTS * noise / math.sqrt(live.rounds)
-        runs = [0 if timing is None else timing.runs + self._warm for timing in (live, dense)]
+        runs = [0 if timing is None else timing.runs + WARM * self._cuda_graph for timing in (live, dense)]
         return Reading(use, spread, *runs)
 
     def _twin(self, model: nn.Module) -> nn.Module | None:
@@ -111,7 +109,8 @@ class Gauge:
         seconds = min(max(FORWARDS * self.seconds, SHORT), LONG)
         yardstick = self._yardstick
         nets = [twin] if yardstick is None else [twin, yardstick]
-        forwards = [self._forward(net, self._inputs) for net in nets]
+        forward = forward_on(self._device, cuda_graph=self._cuda_graph)  # graphs of before are gone
+        forwards = [forward(net, self._inputs) for net in nets]
         with untouched(twin), torch.no_grad():
             timings = measure_interleaved(forwards, clock=self._clock, seconds=seconds)
         return timings[0], timings[1] if len(timings) > 1 else None

@@ -7,8 +7,8 @@ is gone. Inputs and weights stay where they are::
     capture    one more, recorded and not run; other threads (a loader that pins memory, nccl) go on
     replay     on the stream at hand, as often as one likes
 
-Graphs of one `Replays` share their memory, as nobody reads what they write. What modules kept of the warm-up
-(a cache of theirs) lives as long as the graph that reads it.
+Graphs of one `Replays` share their memory, as nobody reads what they write; it is not for another once all of
+them are gone. What modules kept of the warm-up (a cache of theirs) lives as long as the graph that reads it.
 """
 
 from __future__ import annotations
