@@ -25,6 +25,7 @@ COMPUTED = "softmax runs over its units, and how many there are is a number that
 COMPUTES = (
     "the model computes with its size as it runs (a scale?): make that a number it keeps, as self.scale"
 )
+RENEWED = "dynamic"
 SHARED = "what computes it is used for more than this product of two activations"
 
 
@@ -37,6 +38,7 @@ def build(tape: Tape, ignored: Collection[str] = ()) -> Structure:
     _pin_unfit(tape)
     _pin_shared(tape)
     _pin_numbers(tape)
+    _pin_renewed(tape)
     _pin_unread(tape)
     read = _sources_by_leaf(tape.reads_by_source())
     places = _places(tape)
@@ -149,6 +151,16 @@ def _pin_numbers(tape: Tape) -> None:
         if question.operator in (NUMBER, UNKNOWN, VALUE):
             for leaf in met.intersection(x for term in question.terms for x in _leaves_in(tape, term)):
                 pin(leaf, f"{COMPUTES}; {question.line}")
+
+
+def _pin_renewed(tape: Tape) -> None:
+    """Angles that transformers' rotary embeddings make anew, for all columns, once an input is long."""
+    for path, module in tape.model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        if RENEWED in (kinds.values() if isinstance(kinds, dict) else [kinds]):
+            for name, _ in module.named_buffers(prefix=path, recurse=False):
+                for axis in tape.tensors.get(name, ()):
+                    pin(axis, f"rope_type={RENEWED!r} makes angles of all columns anew when an input is long")
 
 
 def _leaves_in(tape: Tape, term: Term) -> list[Axis]:
