@@ -4,6 +4,7 @@ At an update, in this order:
 
     observer           moments of the gate gradients           -> mean, curvature H      (saliency/moments.py)
     gate controller    statistics                              -> v_i                    (saliency/network.py)
+    order              which unit of a group has which         -> v_i                    (saliency/order.py)
     worth              what units are worth as others go       -> ṽ_i                    (saliency/worth.py)
     planner            how far loss and values have settled    -> reference r(t)         (control/)
     solver             max Σ ṽ_i − λ·C(n),  C_k(n) ≤ r_k(t)    -> masks, shadow price λ  (allocate/)
@@ -51,6 +52,7 @@ from ...cost.problem import Problem
 from ...price.pi import PI
 from ...saliency.moments import LossTrend, track_loss
 from ...saliency.network import GateController, Statistics, apportioned, first_guess
+from ...saliency.order import ordered
 from ...saliency.regrowth import regrowth
 from ...saliency.worth import margin_price, weighed
 from ...structure.groups import widths_of
@@ -208,6 +210,7 @@ class ControlLoop(Policy):
             prices = self.prices.now().values()
             self.gates.learn(known, sum(prices) / max(1, len(prices)))
             values = self.gates.values(known)
+        values = ordered(values, known)
         structure = self.problem.structure
         weights = [n for n, name in enumerate(structure.names) if name in structure.entries]
         return regrowth(values, known, weights, cosine(EXCHANGED, known.progress, self.control.freeze))
