@@ -97,6 +97,7 @@ RUNNERS = {  # where a module of the user's, or a copy, may be called: attach's 
     "structure/standins.py",  # what a module's own class computes, called by the user's own pass
     "structure/views.py",  # the same
     "cost/energy.py",
+    "cost/forward_time.py",
     "cost/replay.py",
     "cost/latency.py",
     "cost/memory.py",
