@@ -21,6 +21,7 @@ from ..structure.extents import size
 from ..structure.groups import Structure
 from .flops import flops
 from .grid import Steps
+from .kept import kept
 from .polynomial import Polynomial
 
 __all__ = ["Problem", "feasible_range", "pose", "require_feasible", "require_steps"]
@@ -63,7 +64,11 @@ def pose(
     limits |= {k: t.value * dense[k] for k, t in targets.items() if k in totals and t.relative}
     known = [(least or {}).get(k, 0.0) for k in limits]
     bounds = list(limits.values())
-    require_feasible([used[k] for k in limits], bounds, steps.floors, sizes, list(limits), known)
+    try:
+        require_feasible([used[k] for k in limits], bounds, steps.floors, sizes, list(limits), known)
+    except InfeasibleBudget as error:
+        stays = kept(structure, steps.floors, params="flops" not in limits and "params" in limits)
+        raise InfeasibleBudget(f"{error}{stays}", error.ranges) from None
     floors = steps.ends(sizes)
     if totals or any(used[k].value(floors) > ROOM * limits[k] for k in limits):
         floors = steps.floors

@@ -87,6 +87,7 @@ class Refusal:
     name: str
     size: int
     reason: str
+    tensors: tuple[str, ...] = field(default=(), compare=False)  # that stand in it
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,11 @@ def without(structure: Structure, reasons: Mapping[int, str]) -> Structure:
         for number, group in enumerate(structure.groups)
         if number in numbers
     )
-    refused = [Refusal(g.name, g.size, reasons[n]) for n, g in enumerate(structure.groups) if n in reasons]
+    refused = [
+        Refusal(g.name, g.size, reasons[n], tuple({s.tensor: None for s in g.slices}))
+        for n, g in enumerate(structure.groups)
+        if n in reasons
+    ]
     attributes = tuple(replace(a, extent=cut(a.extent)) for a in structure.attributes)
     norms = tuple(replace(n, extent=cut(n.extent)) for n in structure.norms)
     routers = tuple(replace(r, extent=cut(r.extent)) for r in structure.routers)

@@ -293,12 +293,13 @@ def _refusals(
     places: dict[Axis, list[Source]], read: dict[Axis, set[Source]], parameters: frozenset[str]
 ) -> tuple[Refusal, ...]:
     """One line for each pinned axis that parameters compute; one tensor dimension is told once per reason."""
-    found: dict[tuple[str, str, int], None] = {}
+    found: dict[tuple[str, int, str], dict[str, None]] = {}
     for leaf, where in places.items():
         producers = [name for name, d in where if name in parameters and (name, d) not in read.get(leaf, ())]
         if leaf.reason and producers:
-            found[(owner_of(producers[0]), leaf.reason, leaf.size)] = None
-    return tuple(Refusal(name, size, reason) for name, reason, size in found)
+            stand = found.setdefault((owner_of(producers[0]), leaf.size, leaf.reason), {})
+            stand.update(dict.fromkeys(name for name, _ in where))
+    return tuple(Refusal(*told, tuple(stand)) for told, stand in found.items())
 
 
 def _refused_routers(tape: Tape) -> tuple[Refusal, ...]:
