@@ -51,6 +51,20 @@ def test_differences_are_paired_and_the_best_rival_is_neither_dense_nor_ours(tmp
     assert "static" not in tables(tmp_path, "it", {"dense", "norm", "ours"})
 
 
+def test_the_time_of_a_run_beside_much_else_does_not_count(tmp_path: Path) -> None:
+    rows = [
+        _row("dense", 0, 90.0, seconds=6.0),
+        _row("ours", 0, 88.0, seconds=3.0),
+        _row("ours", 0, 89.0, seconds=9.0, busy=True),
+        _row("norm", 0, 87.0, seconds=9.0, busy=True),
+    ]
+    Results(tmp_path / "it.jsonl").append(rows)
+    text = tables(tmp_path, "it")
+    assert _cells(text, "ours")[2].startswith("89.00")
+    assert [_cells(text, side)[7] for side in ("ours", "norm")] == ["0.50", ""]
+    assert "87.00 (—): norm" in summary(tmp_path, ["it"], {"dense", "ours", "norm"})
+
+
 def test_longer_runs_have_lines_of_their_own_in_the_summary(tmp_path: Path) -> None:
     rows = [
         _row(side, 0, figure + steps / 40, steps=steps)

@@ -68,6 +68,7 @@ def _options() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="a longer or shorter run; default: the task's")
     run.add_argument("--as", dest="suffix", default="", help="a name for this checkout, added to the side's")
     run.add_argument("--again", action="store_true", help="also what is there; tables show the latest")
+    run.add_argument("--busy", action="store_true", help="much else runs: tables are not to show the time")
     run.add_argument("--dry", action="store_true", help="only say what it costs")
     show = commands.add_parser("tables", help="tables of the results")
     show.add_argument("tasks", nargs="*", choices=[*TASKS, []])
@@ -166,7 +167,7 @@ def _train(options: argparse.Namespace, task: Task, piece: Piece, which: str) ->
     except Exception as error:  # whatever another library says of a network it cannot take
         _say(f"{title}: does not run: {type(error).__name__}: {error}")
         return
-    _file(options, piece).append([row])
+    _file(options, piece).append([row | ({"busy": True} if options.busy else {})])
     said = f"{row[task.figure]:.2f}, {row['seconds']:.0f} s CPU, FLOPs {row['flops']:.3f}"
     _say(("\r" if terminal else "") + f"{title}: {said}")
 
