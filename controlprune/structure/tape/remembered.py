@@ -12,6 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from .reading import has_seen
@@ -21,25 +22,38 @@ __all__ = ["asked_anew"]
 
 REMEMBERS: Any = type(functools.lru_cache(lambda: None))
 NOT_THE_MODELS = {*NOT_ASKED, *sys.stdlib_module_names}
+Place = tuple[dict[str, Any], str, Any, Callable[..., Any]]  # where it stands, itself, and what asks it anew
 
 
 @contextmanager
 def asked_anew() -> Iterator[None]:
     """Inside, such functions that stand in modules (not torch's, nor Python's own) do."""
-    found = [
-        (vars(module), name, value)
-        for path, module in list(sys.modules.items())
-        if path.partition(".")[0] not in NOT_THE_MODELS and hasattr(module, "__dict__")
-        for name, value in list(vars(module).items())
-        if type(value) is REMEMBERS
-    ]
+    places = [*_places(len(sys.modules), next(reversed(sys.modules))), *_places_in(sys.modules["__main__"])]
+    found = [place for place in places if place[0].get(place[1]) is place[2]]
     try:
-        for names, name, value in found:
-            names[name] = _anew(value)
+        for names, name, _, anew in found:
+            names[name] = anew
         yield
     finally:
-        for names, name, value in found:
+        for names, name, value, _ in found:
             names[name] = value
+
+
+@functools.lru_cache(maxsize=1)
+def _places(count: int, last: str) -> list[Place]:
+    """In all modules; looked for again as more are imported: reading every name takes 20 ms."""
+    modules = [(path.partition(".")[0], module) for path, module in list(sys.modules.items())]
+    return [
+        place
+        for package, module in modules
+        if package not in {*NOT_THE_MODELS, "__main__"} and isinstance(module, ModuleType)
+        for place in _places_in(module)
+    ]
+
+
+def _places_in(module: ModuleType) -> list[Place]:
+    names = vars(module)
+    return [(names, n, value, _anew(value)) for n, value in list(names.items()) if type(value) is REMEMBERS]
 
 
 def _anew(remembers: Any) -> Callable[..., Any]:
