@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import controlprune as cp
 from controlprune.structure import analyse
+from controlprune.structure.tape import remembered
 
 from .agreement import worst
 
@@ -74,3 +75,12 @@ def test_a_net_whose_sizes_are_remembered_meets_its_budget() -> None:
     controller.finalize()
     assert controller.cost()["flops"].fraction <= 0.3
     assert model(x).isfinite().all()
+
+
+def test_modules_are_read_once_and_not_at_every_pass() -> None:
+    """Reading every name of every module takes 20 ms where transformers is loaded."""
+    remembered._places.cache_clear()
+    for _ in range(3):
+        with remembered.asked_anew():
+            pass
+    assert remembered._places.cache_info().misses == 1
