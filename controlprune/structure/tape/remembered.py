@@ -21,7 +21,7 @@ from .seen import NOT_ASKED
 __all__ = ["asked_anew"]
 
 REMEMBERS: Any = type(functools.lru_cache(lambda: None))
-NOT_THE_MODELS = {*NOT_ASKED, *sys.stdlib_module_names}
+NOT_THE_MODELS = {*NOT_ASKED, *sys.stdlib_module_names, "__main__"}  # that one is read at every pass
 Place = tuple[dict[str, Any], str, Any, Callable[..., Any]]  # where it stands, itself, and what asks it anew
 
 
@@ -42,11 +42,10 @@ def asked_anew() -> Iterator[None]:
 @functools.lru_cache(maxsize=1)
 def _places(count: int, last: str) -> list[Place]:
     """In all modules; looked for again as more are imported: reading every name takes 20 ms."""
-    modules = [(path.partition(".")[0], module) for path, module in list(sys.modules.items())]
     return [
         place
-        for package, module in modules
-        if package not in {*NOT_THE_MODELS, "__main__"} and isinstance(module, ModuleType)
+        for path, module in list(sys.modules.items())
+        if path.partition(".")[0] not in NOT_THE_MODELS and isinstance(module, ModuleType)
         for place in _places_in(module)
     ]
 
