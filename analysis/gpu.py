@@ -256,9 +256,7 @@ def budgets(card: Card) -> Iterator[Piece]:
     for work in card.works("cnn", "gpt"):
         for name, budget in asked.items():
             yield f"{work.name} {name}", partial(_asked, card, work, name, budget, steps, cp.Instruments())
-        few = replace(
-            work, batch=lambda work=work: _first(work.batch(), FEW)
-        )  # where launches are most of it
+        few = replace(work, batch=lambda work=work: _first(work.batch(), FEW))  # launches are most of it
         graph = cp.Instruments(cuda_graph=True)
         yield f"{work.name} graph", partial(_asked, card, few, "latency", latency, steps, graph)
 

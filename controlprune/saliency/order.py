@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .network import Statistics
+from .ranks import ranks_within
 
 __all__ = ["agreement", "ordered"]
 
@@ -34,15 +35,14 @@ def ordered(values: Tensor, known: Statistics) -> Tensor:
     active = known.on.nonzero().squeeze(1)
     live = torch.bincount(known.group[active]).tolist()
     held = values[active].split(live)
-    norms = known.weight[active].split(live)
-    ranks = [(_ranks(v), _ranks(w)) for v, w in zip(held, norms, strict=True)]
+    by_value, by_norm = (ranks_within(x[active], live) for x in (values, known.weight))
+    ranks = list(zip(by_value, by_norm, strict=True))
     low, high = AGREES
     a = float(np.clip((agreement(ranks) - low) / (high - low), 0.0, 1.0))
     if a == 0.0:
         return values
-    moved = [
-        v.sort().values[_ranks(torch.lerp(r, s, a)).long()] for v, (r, s) in zip(held, ranks, strict=True)
-    ]
+    mixed = ranks_within(torch.cat([torch.lerp(r, s, a) for r, s in ranks]), live)
+    moved = [v.sort().values[rank.long()] for v, rank in zip(held, mixed, strict=True)]
     return values.index_copy(0, active, torch.cat(moved))
 
 
@@ -52,9 +52,3 @@ def agreement(ranks: list[Ranks]) -> float:
     units = sum(len(r) for r, _ in groups)
     agreed = sum(len(r) - 6.0 * float((r - s).square().sum()) / (len(r) ** 2 - 1) for r, s in groups)
     return agreed / units if units else 0.0
-
-
-def _ranks(x: Tensor) -> Tensor:
-    ranks = torch.empty(len(x), dtype=torch.float64)
-    ranks[x.argsort(stable=True)] = torch.arange(len(x), dtype=torch.float64)
-    return ranks

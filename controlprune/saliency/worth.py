@@ -31,10 +31,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..cost.problem import Problem
+from .ranks import ranks_within
 
 __all__ = ["Values", "depleted", "margin_price", "plasticity", "stability", "weighed"]
 
@@ -53,16 +55,11 @@ def stability(now: Tensor, before: Tensor, group: Tensor, on: Tensor) -> float:
     seen = (n > 3) & (np.bincount(g, x != 0, len(n)) > 0) & (np.bincount(g, y != 0, len(n)) > 0)
     if not seen.any():
         return 0.0
-    together = np.bincount(g, _ranks(x, g) * _ranks(y, g), len(n))[seen]
+    live = n.astype(int).tolist()
+    ranks = [torch.cat(ranks_within(torch.from_numpy(v), live)).numpy() for v in (x, y)]
+    together = np.bincount(g, ranks[0] * ranks[1], len(n))[seen]
     n = n[seen]
     return max(0.0, float(np.mean((together - n * (n - 1) ** 2 / 4) / (n * (n**2 - 1) / 12))))
-
-
-def _ranks(x: NDArray[np.float32], group: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of each entry within its group, from 0; `group` ascends."""
-    ranks = np.empty(len(x))
-    ranks[np.lexsort((x, group))] = np.arange(len(x)) - np.searchsorted(group, group)
-    return ranks
 
 
 def depleted(values: NDArray[np.float64], plastic: float = 1.0) -> NDArray[np.float64]:
