@@ -6,8 +6,10 @@ for couplings that exist only there (auxiliary heads). The model is left exactly
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -23,10 +25,13 @@ from .tape.build import build
 from .tape.rows import Rows
 from .tape.tape import Tape
 from .untouched import Memory
-from .verify import flops, verify
-from .views import alike, inferring
+from .verify import flops, verify, without
+from .views import inferring
 
 __all__ = ["analyse", "find_groups", "require_groups", "tensors_in"]
+
+Trace: TypeAlias = "Callable[[], tuple[Structure, bool]]"
+Check: TypeAlias = "Callable[..., tuple[Structure, tuple[str, ...]]]"  # verify, of this model
 
 
 def analyse(
@@ -47,17 +52,55 @@ def analyse(
     example_inputs = _on_meta(model, example_inputs)
     memory = Memory(model, example_inputs)
     with memory.kept():
-        structure, trains = _traced(model, example_inputs, ignored, Rows() if head_dim else None)
+        trace = partial(_traced, model, example_inputs, ignored, head_dim, memory)
+        structure, trains = trace()
         memory.drop_copies(model.parameters())  # no forward wrote these: of a large model they are much
         if not check:
             return structure
-        found, views = verify(model, example_inputs, structure, trains=trains)
-        if not (paths := alike(model, views)):
+        tried = partial(verify, model, example_inputs, memory=memory)
+        found, views = tried(structure, trains=trains)
+        if not views:
             return found
-        with inferring(model, paths):
-            structure, trains = _traced(model, example_inputs, ignored, Rows() if head_dim else None)
-            more, _ = verify(model, example_inputs, replace(structure, views=paths), trains=trains)
-        return replace(max(found, more, key=_reach), forwards=found.forwards + more.forwards)
+        structure = replace(structure, forwards=found.forwards)
+        return _with_views(model, views, structure, trace, partial(tried, trains=trains))
+
+
+def _with_views(
+    model: nn.Module, views: tuple[str, ...], structure: Structure, trace: Trace, tried: Check
+) -> Structure:
+    """What is found while these modules infer sizes of views, unless as much is without."""
+    traced, more = _inferring(model, views, structure.forwards, trace, tried)
+    if _reach(more) >= _reach(structure):
+        return more
+    forwards = more.forwards
+    if (traced.names, traced.sizes) == (structure.names, structure.sizes):  # what passes without passes so
+        left, views = tried(replace(_but_for(structure, more), forwards=forwards))
+        forwards = left.forwards
+        if views:
+            return replace(more, forwards=forwards)
+    found, _ = tried(replace(structure, forwards=forwards), infer=False)
+    return replace(max(found, more, key=_reach), forwards=found.forwards)
+
+
+def _inferring(
+    model: nn.Module, views: tuple[str, ...], forwards: int, trace: Trace, tried: Check
+) -> tuple[Structure, Structure]:
+    """Traced and checked while these modules infer sizes, and any others whose views fail then."""
+    while True:
+        with inferring(model, views):
+            structure, trains = trace()
+            structure = replace(structure, views=views, forwards=forwards + structure.forwards)
+            found, more = tried(structure, trains=trains)
+        if not more:
+            return structure, found
+        views, forwards = (*views, *more), found.forwards
+
+
+def _but_for(structure: Structure, found: Structure) -> Structure:
+    """Without the groups that are refused in what was found of the same ones."""
+    reasons = {refusal.name: refusal.reason for refusal in found.refused}
+    gone = {n: reasons[name] for n, name in enumerate(structure.names) if name not in found.names}
+    return without(structure, gone)
 
 
 def _reach(structure: Structure) -> float:
@@ -67,11 +110,11 @@ def _reach(structure: Structure) -> float:
 
 
 def _traced(
-    model: nn.Module, example_inputs: ExampleInputs, ignored: Collection[str], rows: Rows | None
+    model: nn.Module, example_inputs: ExampleInputs, ignored: Collection[str], head_dim: bool, memory: Memory
 ) -> tuple[Structure, bool]:
     """What two forward passes tell, and whether there is one in training mode."""
-    tape, memory = Tape(model, norms=recognised(model), rows=rows), Memory(model, weights=False)
-    with memory.kept():
+    tape = Tape(model, norms=recognised(model), rows=Rows() if head_dim else None)
+    with memory.kept(weights=False):
         model.eval()
         try:
             record(tape, example_inputs)
@@ -81,7 +124,7 @@ def _traced(
                 "Give example_inputs as a tuple (positional), a dict (keywords) or one tensor."
             ) from error
     tape.counting, trains = False, True
-    with memory.kept():
+    with memory.kept(weights=False):
         model.train()
         try:
             record(tape, example_inputs)

@@ -46,14 +46,19 @@ def _first(structure: Structure, widths: Sequence[int]) -> list[Tensor]:
 
 @contextmanager
 def at_widths(
-    model: nn.Module, structure: Structure, values: Mapping[str, Tensor], widths: Sequence[int] | None
+    model: nn.Module,
+    structure: Structure,
+    values: Mapping[str, Tensor],
+    widths: Sequence[int] | None,
+    own: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """Inside, the model's tensors hold `values`, its size attributes are those of `widths`, and branches of
     width 0 are not run.
 
-    What modules cache of their weights is dropped on the way in; `untouched` around it restores that too.
+    `own`: the model's tensors, where they are known. What modules cache of their weights is dropped on the
+    way in; `untouched` around it restores that too.
     """
-    own = tensors_of(model)
+    own = tensors_of(model) if own is None else own
     before = {name: own[name].data for name in values}
     try:
         for name, value in values.items():

@@ -59,7 +59,7 @@ class Guard:
     """`operator` of the terms is asked in the line of the user's code.
 
     "truth", "value": if it is zero, what it is; "fits": is a number that is given as a size the size?
-    "unknown": something is asked.
+    "unknown": something is asked. "number": it is computed with, which tells no kinds apart.
     """
 
     operator: str
@@ -120,6 +120,7 @@ def unseen(
     where kinds can't be told.
     """
     columns: list[dict[int, int]] = []
+    guards = [guard for guard in guards if guard.operator != "number"]
     guards = [guard for guard in guards if guard.operator != "fits" or not _always(guard, rungs)]
     free = {g for g, widths in enumerate(rungs) if len(widths) > 1}
     for groups, together in _components(guards, free):

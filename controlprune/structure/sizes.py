@@ -5,7 +5,7 @@ getattr(module, attribute)  =  size(extent, widths)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -28,7 +28,7 @@ def set_sizes(model: nn.Module, structure: Structure, widths: Sequence[int] | No
     modules = dict(model.named_modules())
     for entry in structure.attributes:
         set_size(modules, entry.module, entry.attribute, entry.index, size(entry.extent, widths))
-    let_heads_leave(model)
+    _let_heads_leave(model, modules.values())
     infer_sizes(model, structure.views, away=widths is not None and tuple(widths) != structure.sizes)
 
 
@@ -50,7 +50,11 @@ def set_size(
 
 def let_heads_leave(model: nn.Module) -> None:
     """Attention that is not as wide as its heads together goes by structure/heads.py."""
-    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    _let_heads_leave(model, model.modules())
+
+
+def _let_heads_leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    attentions = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
     for module in attentions:
         as_wide = module.num_heads * module.head_dim == module.embed_dim
         (restore if as_wide else stand_in)(module, OwnHeads)

@@ -79,6 +79,7 @@ class Trial:
     example_inputs: ExampleInputs
     structure: Structure
     seed: int
+    memory: Memory | None = None  # of the model; what a run leaves behind (caches) must not matter
     forwards: int = 0
     _values: dict[str, Tensor] = field(default_factory=dict)
     _readers: dict[str, list[tuple[int, int, Extent]]] = field(default_factory=dict)  # group, dim, extent
@@ -87,19 +88,21 @@ class Trial:
     _doubles: bool | None = None  # does the model run in float64? None: not tried
 
     def __post_init__(self) -> None:
-        self._values = _disturbed(self.model, self.structure, self.seed)
+        self._own = tensors_of(self.model)
+        self._values = _disturbed(self._own, self.structure, self.seed)
         for number, group in enumerate(self.structure.groups):
             for entry in group.readers:
                 self._readers.setdefault(entry.tensor, []).append((number, entry.dim, entry.extent))
-        self._memory = Memory(self.model, weights=False)  # what a run leaves behind (caches) must not matter
+        self._memory = self.memory or Memory(self.model, weights=False)
+        self._all = [torch.ones(n, dtype=torch.bool) for n in self.structure.sizes]
 
     def run(self, masks: Sequence[Tensor], *, trains: bool = False) -> Failure | None:
         """None where masked and shrunk agree (`trains`: and the shrunk model runs in training mode too)."""
-        with self._memory.kept():
+        with self._memory.kept(weights=False):
             self._elsewhere.clear()
             try:
                 if trains:
-                    with self._memory.kept():  # the next pass is a first one too, as traced
+                    with self._memory.kept(weights=False):  # the next pass is a first one too, as traced
                         self.model.train()
                         self._shrunk(self._values, self.example_inputs, masks)
                 self.model.eval()
@@ -173,7 +176,7 @@ class Trial:
         zeroed = value
         for number, dim, extent in self._readers.get(name, ()):
             if not bool(masks[number].all()):
-                alone = [m if n == number else torch.ones_like(m) for n, m in enumerate(masks)]
+                alone = [*self._all[:number], masks[number], *self._all[number + 1 :]]
                 shape = [-1 if d == dim else 1 for d in range(value.dim())]
                 on = keep(extent, alone).to(value).view(shape)
                 zeroed = torch.mul(zeroed, on, out=self._room(name, value, double))
@@ -191,7 +194,7 @@ class Trial:
 
     def _forward(self, values: Values, inputs: ExampleInputs, widths: list[int] | None) -> list[Tensor]:
         self.forwards += 1
-        with at_widths(self.model, self.structure, values, widths), torch.no_grad():
+        with at_widths(self.model, self.structure, values, widths, self._own), torch.no_grad():
             seed_all(0)
             with reference_kernels(self.model):
                 outputs = output_tensors(call_model(self.model, copied(inputs)))
@@ -207,10 +210,10 @@ def _counting(model: nn.Module, structure: Structure, masks: Sequence[Tensor]) -
         count_live(model, structure, None)
 
 
-def _disturbed(model: nn.Module, structure: Structure, seed: int) -> dict[str, Tensor]:
+def _disturbed(own: Mapping[str, Tensor], structure: Structure, seed: int) -> dict[str, Tensor]:
     """Values for the check: the model's own, but constants made random."""
     generator = torch.Generator().manual_seed(seed)
-    values = {name: tensor.detach() for name, tensor in tensors_of(model).items()}
+    values = {name: tensor.detach() for name, tensor in own.items()}
     for name, value in values.items():
         grouped = any(groups_in(extent) for extent in structure.tensors[name])
         if (grouped or name in structure.parameters) and _is_constant(value):

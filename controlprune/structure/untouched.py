@@ -76,22 +76,24 @@ class Memory:
     """What was there, nearest first, and how to put each thing back: as often as one likes."""
 
     def __init__(self, model: nn.Module, inputs: object = None, *, weights: bool = True) -> None:
-        self.seen = set() if weights else {id(p) for p in model.parameters()}
+        self.parameters = {id(p) for p in model.parameters()}
+        self.seen = set() if weights else set(self.parameters)
         self.alive: list[object] = []  # so that no two have one id
         self.restores: list[Restore] = []
+        self.weights: list[Restore] = []  # of the model's parameters
         self.copies: dict[int, list[Tensor]] = {}  # of a tensor's values, by its id
         self.waiting: deque[object] = deque()
         self._remember(model, inputs)
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """After it all is as it was remembered, and random states as they were before it."""
+    def kept(self, *, weights: bool = True) -> Iterator[None]:
+        """After it all is as it was remembered (`weights`: parameters too), and random states as before."""
         generators = [(generator, generator.get_state()) for generator in _default_generators()]
         python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 — the user's code may
         try:
             yield
         finally:
-            self.restore()
+            self.restore(weights=weights)
             for generator, state in generators:
                 generator.set_state(state)
             random.setstate(python)
@@ -104,9 +106,9 @@ class Memory:
             self.alive.append(value)
             self._look_at(value)
 
-    def restore(self) -> None:
+    def restore(self, *, weights: bool = True) -> None:
         with torch.no_grad():
-            for restore in self.restores:
+            for restore in (*self.restores, *(self.weights if weights else ())):
                 restore()
 
     def drop_copies(self, tensors: Iterable[Tensor]) -> None:
@@ -216,7 +218,7 @@ class Memory:
             if tensor.is_leaf and tensor.requires_grad != flag:
                 tensor.requires_grad_(flag)
 
-        self.restores.append(restore)
+        (self.weights if id(tensor) in self.parameters else self.restores).append(restore)
 
 
 def _random_state(value: Any) -> Restore | None:

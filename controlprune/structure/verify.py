@@ -22,8 +22,12 @@ from .extents import Concat, Extent, Fixed, Product, Units, Window, groups_in, s
 from .groups import Refusal, Slice, Structure, Work, widths_of
 from .guards import Guard, Quantity, Reckoned, Unprovable, groups_of, unseen
 from .record import ExampleInputs
+from .tape.build import COMPUTES
 from .tape.grouping import ALIGNED
+from .tape.seen import NUMBER
 from .trial import DIFFERS, FIXED, Failure, Trial
+from .untouched import Memory
+from .views import alike
 
 __all__ = ["flops", "verify", "without"]
 
@@ -39,22 +43,28 @@ def verify(
     seed: int = 0,
     *,
     trains: bool = False,
-) -> tuple[Structure, set[str]]:
-    """The structure without the groups for which masked and shrunk outputs disagree (in eval mode), and the
-    modules in which a view was the reason.
+    infer: bool = True,
+    memory: Memory | None = None,
+) -> tuple[Structure, tuple[str, ...]]:
+    """The structure without the groups for which masked and shrunk outputs disagree (in eval mode).
 
     `trains`: the forward also runs in training mode, and must when shrunk (its values are random there).
+    `infer`: end at the first view that fails where its size could be inferred, with the modules that could.
     """
     if any(tensor.device.type == "meta" for tensor in model.parameters()):
-        return replace(structure, verified=False), set()
+        return replace(structure, verified=False), ()
     if not structure.groups:
-        return structure, set()
+        return structure, ()
     joint = draws(structure, seed, meetings=4 if flops(structure.work) < CHEAP else 1)
-    check = _Check(structure, Trial(model, example_inputs, structure, seed), joint, trains)
-    check.run()
+    trial = Trial(model, example_inputs, structure, seed, memory)
+    check = _Check(structure, trial, joint, trains, infer)
+    try:
+        check.run()
+    except _Infers as fails:
+        return replace(structure, forwards=structure.forwards + trial.forwards), fails.modules
     groups = tuple(replace(g, multiple=check.multiples.get(n, 1)) for n, g in enumerate(structure.groups))
     left = without(replace(structure, groups=groups), check.refused)
-    return replace(left, verified=True, forwards=structure.forwards + check.trial.forwards), check.views
+    return replace(left, verified=True, forwards=structure.forwards + trial.forwards), ()
 
 
 def flops(works: Sequence[Work]) -> float:
@@ -72,14 +82,22 @@ def _by_likeness(structure: Structure, numbers: Sequence[int]) -> Families:
     return list(found.values())
 
 
+class _Infers(Exception):
+    """A view failed; these modules, of its class, could infer its size."""
+
+    def __init__(self, modules: tuple[str, ...]) -> None:
+        super().__init__(*modules)
+        self.modules = modules
+
+
 @dataclass
 class _Check:
     structure: Structure
     trial: Trial
     draws: list[list[Tensor]]
     trains: bool
+    infer: bool
     refused: dict[int, str] = field(default_factory=dict)
-    views: set[str] = field(default_factory=set)  # modules with a view that refused a group
     multiples: dict[int, int] = field(default_factory=dict)  # widths that a kernel insists on
 
     def __post_init__(self) -> None:
@@ -161,14 +179,16 @@ class _Check:
                 return [*accepted, number]
             del self.multiples[number]
         self.refused[number] = failure.reason + self._asked(number, failure)
-        if failure.view:
-            self.views.add(failure.module)
         return accepted
 
     def _asked(self, number: int, failure: Failure) -> str:
-        """The line that asks for its size, where that may be why outputs differ."""
-        asking = [guard.line for guard in self.structure.guards if number in groups_of(guard)]
-        return f"; its size is asked for in {asking[0]}" if asking and failure.reason == DIFFERS else ""
+        """The line that asks for its size, or computes with it, where that may be why outputs differ."""
+        about = [guard for guard in self.structure.guards if number in groups_of(guard)]
+        asking = [guard.line for guard in about if guard.operator != NUMBER]
+        computing = [guard.line for guard in about if guard.operator == NUMBER]
+        if failure.reason != DIFFERS or not about:
+            return ""
+        return f"; its size is asked for in {asking[0]}" if asking else f"; {COMPUTES}; {computing[0]}"
 
     def _bisect_family(self, draw: int, accepted: list[int], family: list[int]) -> list[int]:
         """The first two alone; what happens to both happens to their likenesses."""
@@ -186,7 +206,12 @@ class _Check:
 
     def failure(self, draw: int, numbers: Sequence[int]) -> Failure | None:
         """Of masked against shrunk with the units of these groups off, those of the others on."""
-        return self.trial.run(self.masks(draw, numbers), trains=self.trains and draw == 0)
+        failure = self.trial.run(self.masks(draw, numbers), trains=self.trains and draw == 0)
+        if failure is not None and failure.view and self.infer:
+            could = alike(self.trial.model, [failure.module])
+            if more := tuple(path for path in could if path not in self.structure.views):
+                raise _Infers(more)
+        return failure
 
     def masks(self, draw: int, numbers: Sequence[int]) -> list[Tensor]:
         return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD
 
 import controlprune as cp
@@ -99,6 +100,77 @@ def test_a_size_that_is_written_down_is_told_with_its_line_and_what_to_write_ins
     assert "write x.flatten(1)" in told["enter"]
     assert "self.first(h).split([10, 6], 1)" in told["first"]
     assert "split by a size that the module keeps, as self.width, or write x.chunk(n, dim)" in told["first"]
+
+
+class Scaled(nn.Module):
+    """`how`: the width as a number that the model computes with."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.enter, self.leave = how, nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        c = h.shape[-1]
+        match self.how:
+            case "times":
+                h = h * c**-0.5
+            case "function":
+                h = torch.div(h, c)
+            case "argument":
+                h = F.leaky_relu(h, 1 / c)
+        return self.leave(h)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [("times", "h = h * c**-0.5"), ("function", "torch.div(h, c)"), ("argument", "F.leaky_relu(h, 1 / c)")],
+)
+def test_a_size_that_is_computed_with_is_told_with_the_line(how: str, line: str) -> None:
+    torch.manual_seed(0)
+    (told,) = (r.reason for r in analyse(Scaled(how), torch.randn(4, 5)).refused if r.name == "enter")
+    assert "make that a number it keeps, as self.scale; test_refusals.py:" in told
+    assert line in told
+
+
+class Standardised(nn.Conv2d):
+    """Weights of mean 0 and deviation 1, over all that they read."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, len(self.weight), -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return self._conv_forward(input, weight, self.bias)
+
+
+def test_weights_that_are_standardised_are_told_as_such() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), Standardised(6, 2, 3))
+    told = {(r.name, r.size): r.reason for r in analyse(model, torch.randn(2, 1, 8, 8)).refused}
+    assert told["0", 6].startswith("a weight is computed from all of it (standardised?)")
+
+
+def test_a_norm_written_as_a_function_is_told_with_what_to_write() -> None:
+    model, inputs = build("rms_norm")
+    (told,) = (r.reason for r in analyse(model, inputs).refused if r.name == "scale")
+    assert "a module that computes a norm alone, as nn.RMSNorm" in told
+
+
+class CutUp(nn.Module):
+    """Its rows go to the next layer one by one, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = self.enter(x).split(1, 1)
+        return self.leave(torch.cat([b, d, a, c], 1))
+
+
+def test_a_width_that_is_cut_into_single_positions_is_told() -> None:
+    torch.manual_seed(0)
+    refused = {(r.name, r.size): r.reason for r in analyse(CutUp(), torch.randn(3, 5)).refused}
+    assert "cuts it into single positions" in refused["enter", 4]
 
 
 def test_a_size_that_is_asked_for_is_told_with_the_line() -> None:

@@ -71,6 +71,21 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Deep(nn.Module):
+    """Attention of two classes in turn."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 16), nn.Linear(16, 11)
+        self.blocks = nn.ModuleList((Stacked, Attention)[k % 2](16, 4) for k in range(depth))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
 def net(kind: type[Attention]) -> tuple[Net, Tensor]:
     torch.manual_seed(0)
     return Net(kind), torch.randint(11, (2, 5))
@@ -83,6 +98,38 @@ def test_heads_and_the_width_around_them_leave(kind: type[Attention]) -> None:
     assert sorted(structure.sizes) == [4, 4, 16], structure.refused
     assert worst(model, tokens, structure) < 1e-5
     assert type(model.first) is kind  # dense, the modules are as they were
+
+
+def test_views_are_seen_to_first_and_cost_few_passes() -> None:
+    torch.manual_seed(0)
+    model, tokens = Deep(6), torch.randint(11, (2, 5))
+    structure = analyse(model, tokens)
+    assert sorted(structure.sizes) == [4] * 6 + [16], structure.refused
+    assert set(structure.views) == {f"blocks.{k}" for k in range(6)}
+    assert structure.forwards <= 30  # three traces of 2, a pass that fails in each class, and the check
+    assert worst(model, tokens, structure) < 1e-5
+
+
+class Fixed(nn.Module):
+    """A size that is written twice: in a view, where it can be inferred, and where it can't."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.wide, self.leave = nn.Linear(5, 12), nn.Linear(5, 32), nn.Linear(32, 2)
+        self.mix = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x).view(len(x), 12) + torch.zeros(len(x), 12)
+        return self.leave(self.wide(x).relu()) + self.mix(h)
+
+
+def test_where_inferring_does_not_help_the_rest_is_found_without() -> None:
+    torch.manual_seed(0)
+    model, x = Fixed(), torch.randn(3, 5)
+    structure = analyse(model, x)
+    assert structure.sizes == (32,)
+    assert not structure.views
+    assert worst(model, x, structure) < 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from ..tape.axes import Axis
 from ..tape.tape import Call, Dim, Dims, Read, Tape
+from .reduction import NORM_ALONE, STANDARDISED
 from .table import rule
 
 NORM = "a norm takes statistics over it: with units off, the others would be normalised differently"
@@ -31,7 +32,7 @@ def batch_norm(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("input")]
     _affine(tape, call, dims[1])
     if call.arguments.get("training", True) or not call.has("running_mean"):
-        tape.pin_dims([dims[0], *dims[2:]], NORM)
+        tape.pin_dims([dims[0], *dims[2:]], STANDARDISED if call.weight("input") else NORM)
     return [dims]
 
 
@@ -40,7 +41,7 @@ def layer_norm(tape: Tape, call: Call) -> list[Dims]:
     dims = [dim.plain for dim in call.dims("input")]
     normal = dims[len(dims) - len(call.integers("normalized_shape")) :]
     for dim in normal:
-        tape.statistics(dim.axis, NORM)
+        tape.statistics(dim.axis, NORM + NORM_ALONE)
     _unify_last(tape, call, normal)
     return [dims]
 

@@ -13,7 +13,10 @@ from ..tape.dims import ENDS, OFF, ON
 from ..tape.tape import Call, Dim, Dims, Read, Tape
 from .table import fresh, rule
 
-__all__ = ["reduced"]
+__all__ = ["NORM_ALONE", "STANDARDISED", "reduced"]
+
+NORM_ALONE = "; a module that computes a norm alone, as nn.RMSNorm, can count the units that are on"
+STANDARDISED = "a weight is computed from all of it (standardised?): with units off, it would be another"
 
 TOPK = "the largest of its positions are picked (topk): one that is off would still take a place"
 
@@ -68,7 +71,9 @@ def reduction(tape: Tape, call: Call) -> list[Dims]:
 
         return elementwise(tape, call)
     name = call.name.rpartition("::")[2]
-    left = reduced(tape, call, f"its units are reduced to one number ({name})")
+    advice = NORM_ALONE if name == "mean" and call.arguments.get("keepdim") else ""  # as norms take it
+    reason = f"its units are reduced to one number ({name}){advice}"
+    left = reduced(tape, call, STANDARDISED if call.weight("self") else reason)
     if name == "mean":  # of zeros
         return [left]
     return [[dim.plain for dim in left]] * len(call.outputs)

@@ -153,8 +153,7 @@ class SizeWatcher(SizeReader):
 
     def called(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.tape.unscaled = func is F.scaled_dot_product_attention and kwargs.get("scale") is None
-        if self.tape.rows is not None and getattr(func, "__name__", "") not in SIZED:
-            take_all(args, kwargs)
+        name = getattr(func, "__name__", "")
         if func is F.linear:
             result = super().called(func, args, kwargs)
             if not _run_again():
@@ -162,14 +161,14 @@ class SizeWatcher(SizeReader):
             return result
         if not has_seen((args, tuple(kwargs.values()))) and not kwargs.get("enable_gqa"):
             return func(*args, **kwargs)
+        if name not in SIZED:
+            take_all(args, kwargs)
         self.tape.given = func is Tensor.__getitem__ and _bounded(args[1])
         result = super().called(func, args, kwargs)
         self.tape.given = False
-        name = getattr(func, "__name__", "")
         if name.strip("_") in ARITHMETIC:
             self.tape.numbers += [number.term for number in seen_numbers((args, tuple(kwargs.values())))]
-        watch = WATCHED.get(name)
-        if watch is not None:
+        if (watch := WATCHED.get(name)) is not None:
             self._learn(watch, args, kwargs, result)
         return result
 
@@ -196,10 +195,17 @@ class SizeWatcher(SizeReader):
         give(number)
 
     def _bind(self, traced: TracedInt, axis: Axis) -> None:
-        pieces = self.tape.regroup([axis], [value for _, value in traced.factors])
-        for (key, _), piece in zip(traced.factors, pieces, strict=True):
+        factors = _copies_first(traced.factors)
+        pieces = self.tape.regroup([axis], [value for _, value in factors])
+        for (key, _), piece in zip(factors, pieces, strict=True):
             if key is not None:
                 self.tape.bind(*key, piece)
+
+
+def _copies_first(factors: tuple[tuple[Key | None, int], ...]) -> list[tuple[Key | None, int]]:
+    """`width * 3` is three of a width, as `3 * width`; `heads * 64` are heads of 64."""
+    least = min((value for key, value in factors if key is not None), default=0)
+    return sorted(factors, key=lambda factor: factor[0] is not None or factor[1] >= least)
 
 
 def _run_again() -> bool:
@@ -379,22 +385,16 @@ WATCHED: dict[str, Watch] = {
          "new_zeros", "new_ones", "new_empty", "new_full"),
         _whole_shape,
     ),
-    "histc": _counts,
-    "bincount": _counts,
-    "repeat": _times,
-    "tile": _times,
+    **dict.fromkeys(("histc", "bincount"), _counts),
+    **dict.fromkeys(("repeat", "tile"), _times),
     "unflatten": _unflatten,
-    "split": _split,
-    "split_with_sizes": _split,
+    **dict.fromkeys(("split", "split_with_sizes"), _split),
     "narrow": _narrow,
     "__getitem__": _getitem,
     "repeat_interleave": _repeat_interleave,
     "scaled_dot_product_attention": _grouped_queries,
     "group_norm": _group_norm,
-    "layer_norm": _layer_norm,
-    "rms_norm": _layer_norm,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "conv3d": _convolution,
+    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
 }  # fmt: skip
 SIZED = (WATCHED.keys() | {"chunk", "tensor_split", "unfold", "pad"}) - {"scaled_dot_product_attention"}

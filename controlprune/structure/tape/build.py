@@ -16,10 +16,11 @@ from .grouping import extent_of, groups_of_units, owner_of, partial, placed
 from .seen import NUMBER, UNKNOWN, VALUE, Attribute, Computed, Size, Term
 from .tape import MEET, Source, Tape, TracedWork
 
-__all__ = ["build"]
+__all__ = ["COMPUTES", "build"]
 
 PICKED = "a router picks some of its units, and its code cuts them into parts"
 ALL = "a router picks every one of its units"
+PIECES = "a slice, split or reshape of the model's code cuts it into single positions"
 LISTED = "softmax runs over its units, and they are taken one by one: modules of a list can't leave it"
 COMPUTED = "softmax runs over its units, and how many there are is a number that tensors are computed with"
 COMPUTES = (
@@ -230,7 +231,7 @@ def _structure(
     )
     parameters = frozenset(name for name, _ in tape.model.named_parameters())
     plain = _sources_by_leaf(tape.reads_by_source(rows=False))
-    refused = (*_refusals(places, plain, parameters), *_refused_routers(tape))
+    refused = (*_refusals(places, plain, parameters), *_refused_routers(tape), *_refused_pieces(tape))
     return Structure(
         groups=groups_of_units(tape, numbers, places, read, tensors),
         refused=refused,
@@ -264,7 +265,7 @@ def _guards(tape: Tape, numbers: dict[Axis, int]) -> tuple[Guard, ...]:
                 return term
 
     found: dict[Guard, None] = {}
-    for question in (question for question in tape.questions if question.operator != NUMBER):
+    for question in tape.questions:
         terms = tuple(map(quantity, question.terms))
         guard = Guard(question.operator, terms, question.line)
         if groups_of(guard) and (len(terms) == 1 or terms[0] != terms[1]):
@@ -300,6 +301,20 @@ def _refusals(
             stand = found.setdefault((owner_of(producers[0]), leaf.size, leaf.reason), {})
             stand.update(dict.fromkeys(name for name, _ in where))
     return tuple(Refusal(*told, tuple(stand)) for told, stand in found.items())
+
+
+def _refused_pieces(tape: Tape) -> tuple[Refusal, ...]:
+    """Dimensions that parameters compute and of which nothing is left that is wider than 1."""
+    reads = tape.reads_by_source()
+    parameters = {name for name, _ in tape.model.named_parameters()} & tape.used
+    found = {
+        (owner_of(name), axis.size): None
+        for name in tape.tensors
+        if name in parameters
+        for d, axis in enumerate(tape.tensors[name])
+        if axis.size > 1 and not leaves(axis) and (name, d) not in reads
+    }
+    return tuple(Refusal(owner, size, PIECES) for owner, size in found)
 
 
 def _refused_routers(tape: Tape) -> tuple[Refusal, ...]:

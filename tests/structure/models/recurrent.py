@@ -65,7 +65,28 @@ class CellLoop(nn.Module):
         return self.out(state[0])
 
 
+class LstmByHand(nn.Module):
+    """Four gates of one product, cut by multiples of the width, as it is often written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.again = nn.Linear(5, 32), nn.Linear(8, 32, bias=False)
+        self.width, self.out = 8, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.width
+        hidden, cell = torch.zeros(len(x), n), torch.zeros(len(x), n)
+        for step in x.unbind(1):
+            gates = self.enter(step) + self.again(hidden)
+            add, keep = torch.sigmoid(gates[:, :n]), torch.sigmoid(gates[:, n : n * 2])
+            new, tell = torch.tanh(gates[:, n * 2 : n * 3]), torch.sigmoid(gates[:, n * 3 :])
+            cell = keep * cell + add * new
+            hidden = tell * torch.tanh(cell)
+        return self.out(hidden)
+
+
 CASES: Cases = {
+    "lstm_by_hand": (LstmByHand, SEQUENCE, [8]),
     "gru": (lambda: Recurrent(nn.GRU, num_layers=2), SEQUENCE, [6, 8]),
     "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCE, [6, 8]),
     "lstm_bidirectional": (lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), SEQUENCE, [6, 8]),
