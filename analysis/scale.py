@@ -9,7 +9,9 @@ update, b tokens a step, bandwidth β (bytes/s per rank), latency per hop α:
     update     all-reduce of 8 (9 + 2 n) + 4 U k bytes        k observations of U float32 sums over ranks
                + decision                                     c U log₂ U, c as measured (analysis/decision.py)
     shrink     (1 + s + 1) P gathered once, at w bytes each   weights, s states, gradient: one tensor after
-               + the same of what is cut                      the other, so a whole one is held, no more
+               + the same of what is cut, + P                 the other, so a whole one is held, no more; from
+                                                              a cut layout, made dense first (counted on a
+                                                              pretended rank: analysis/many_ranks.py)
     checkpoint (1 + s) P w / R written per rank at δ bytes/s  and what is parked, gathered to the host
     pays       after  shrink / (1 − C) / step  steps          if a step at a fraction C takes C of the time
 
@@ -21,9 +23,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["Cluster", "Model", "Plan", "plan"]
+__all__ = ["Cluster", "Model", "Plan", "Shrink", "plan", "schedule"]
 
-DECIDED = 0.26 / (200_000 * math.log2(200_000))  # s per U log₂ U: 200 groups of 1,000 units, one CPU thread
+DECIDED = 0.158 / (200_000 * math.log2(200_000))  # s per U log₂ U: 200 groups of 1,000 units, one CPU thread
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def plan(
     size = 8 * (9 + 2 * every) + 4 * model.units * observed
     decision = DECIDED * model.units * math.log2(model.units)
     update = cluster.all_reduce(size) + decision
-    moved = (2 + model.states) * model.parameters * model.bytes * (1 + fraction)
+    moved = ((2 + model.states) * (1 + fraction) + 1) * model.parameters * model.bytes
     shrink = (
         cluster.all_gather(moved)
         + (2 + model.states) * model.tensors * math.log2(cluster.ranks) * cluster.hop
@@ -101,6 +103,37 @@ def plan(
         (1 + model.states) * model.parameters * model.bytes / cluster.ranks / cluster.disk,
         shrink / saved, spent / whole, ((1 - at) * steps * saved - spent) / whole,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """One of the few of a run: to which fraction of the work, what it takes, what is saved from it on."""
+
+    at: int  # step
+    fraction: float
+    received: float  # bytes per rank
+    seconds: float
+    saved: float  # seconds, of all steps that come
+
+
+def schedule(
+    cluster: Cluster,
+    model: Model,
+    fraction: float = 0.5,
+    steps: int = 100_000,
+    shrinks: int = 4,
+    over: float = 0.3,
+) -> list[Shrink]:
+    """Even cuts of the work to `fraction`, the last one at `over` of the run."""
+    step = 6 * model.parameters * model.tokens / cluster.ranks / cluster.flops
+    whole, before, found = (2 + model.states) * model.parameters * model.bytes, 1.0, list[Shrink]()
+    for k in range(1, shrinks + 1):
+        then, at = 1.0 - (1.0 - fraction) * k / shrinks, round(over * steps * k / shrinks)
+        again = 0.0 if k == 1 else whole * before + model.parameters * model.bytes
+        seconds = cluster.all_gather(whole + again)
+        found.append(Shrink(at, then, whole + again, seconds, (before - then) * step * (steps - at)))
+        before = then
+    return found
 
 
 def main() -> None:
@@ -116,6 +149,12 @@ def main() -> None:
             f"| {billions} B | {ranks} | {p.step:.1f} | {p.update:.2f} | {p.shrink:.0f} | "
             f"{p.shrink_bytes / 1e9:.0f} | {p.extra_bytes / 1e9:.1f} | {p.checkpoint:.1f} | "
             f"{p.pays_after:.0f} | {p.share:.3%} | {p.saved:.1%} |"
+        )
+    print("\n| step | to a fraction of | GB received | takes s | saves h |\n" + "|---" * 5 + "|")
+    for one in schedule(Cluster(), Model()):
+        print(
+            f"| {one.at:,} | {one.fraction:.3f} | {one.received / 1e9:,.0f} | {one.seconds:.0f} | "
+            f"{one.saved / 3600:.1f} |"
         )
 
 

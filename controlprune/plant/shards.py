@@ -79,9 +79,10 @@ class Shards:
         table = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
         tables = [torch.empty_like(table) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(tables, table, group=self.group)
-        lower = tables[: dist.get_rank(self.group)]
-        taken = [any(bool((other[k] == table[k]).all()) for other in lower) for k in range(len(names))]
-        return frozenset(name for name, gone in zip(names, taken, strict=True) if not gone)
+        taken = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for lower in tables[: dist.get_rank(self.group)]:  # a rank at a time: one after a thousand is not slow
+            taken |= (lower == table).all(1)
+        return frozenset(name for name, gone in zip(names, taken.tolist(), strict=True) if not gone)
 
     def summed(self, values: Tensor) -> Tensor:
         """Over the ranks; a collective."""
