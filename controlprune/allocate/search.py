@@ -24,6 +24,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cost.grid import ascending
 from .moves import Array, Moves, Rungs, Space, moves_from, single
 
 __all__ = ["search"]
@@ -81,7 +82,7 @@ def _threshold(space: Space, score: Array) -> Rungs:
     everything = state(0.0)
     if (space.resources(everything) <= space.limits).all():
         return everything
-    ladder = np.unique(score[np.isfinite(score)])
+    ladder = ascending(score[np.isfinite(score)])
     low, high = 0, len(ladder)  # state(ladder[low]) does not meet the limits; state(ladder[high]) does
     while high - low > 1:
         middle = (low + high) // 2
@@ -258,7 +259,7 @@ def _finer(space: Space, widths: Rungs, step: int, grains: Sequence[int]) -> Spa
         fine = -(-step // grain) * grain
         above = rungs[rungs > n][:1]
         between = [np.arange(n - n % fine + fine, m, fine) for m in above]
-        ladders.append(np.unique(np.concatenate([rungs, *between])))
+        ladders.append(ascending(np.concatenate([rungs, *between])))
     return Space.of(
         ladders, space.curves, space.costs, space.limits, space.prices, space.dense, space.tolerance
     )

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from torch import Tensor
 from ..structure.groups import Group, Structure
 from .cache import device_name, read_cache, write_cache
 
-__all__ = ["Steps", "block", "group_multiples", "ladder", "preferred_multiple", "width_steps"]
+__all__ = ["Steps", "ascending", "block", "group_multiples", "ladder", "preferred_multiple", "width_steps"]
 
 WIDTH, MULTIPLES, RISE, EARLY = 64, (16, 8, 4), 0.08, 0.55
 BATCH = {"cpu": 8, "cuda": 256}  # enough work that a kernel's launch does not hide it
@@ -121,7 +122,15 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def ladder(size: int, floor: int, step: int) -> NDArray[np.int64]:
     """Allowed widths of a group, ascending: the floor, multiples of the step above it, and dense."""
     multiples = np.arange(-(-floor // step) * step, size, step, dtype=np.int64)
-    return np.unique(np.concatenate([[floor], multiples, [size]])).astype(np.int64)
+    return ascending(np.concatenate([[floor], multiples, [size]]).astype(np.int64))
+
+
+def ascending(values: NDArray[Any]) -> NDArray[Any]:
+    """Sorted, each once: numpy's own `unique` imports its masked arrays first, 30 ms amid a run."""
+    values = np.sort(values)
+    first = np.ones(len(values), dtype=bool)
+    first[1:] = values[1:] > values[:-1]
+    return values[first]
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ class Intake:
     def ran(self, optimizer: Optimizer | None, returned: object) -> bool:
         """It (None: the user's own code) is about to run; are there gradients? `returned`: by its closure."""
         gradients = self.plant.has_gradients
-        self._rows.pop(optimizer, None)
+        if self._rows:
+            self._rows.pop(optimizer, None)
         self._ran, self._gradients, self._returned = True, self._gradients or gradients, returned
         self.runs += 1
         return gradients
@@ -117,7 +118,7 @@ class Intake:
 
     def _part(self, optimizer: Optimizer | None) -> set[int] | None:
         """The parameters of one of several optimizers."""
-        if optimizer is None or len(stepped(self.plant.optimizer)) == 1:
+        if optimizer is None or optimizer is self.plant.optimizer or len(stepped(self.plant.optimizer)) == 1:
             return None
         return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
@@ -154,7 +155,7 @@ class Intake:
             return False  # reading would wait for the device
         if row is None:
             return len(self._unread) >= PATIENCE
-        return len(row) > ROOM or sum(u.row is not None for u in self._unread) >= ROWS
+        return row.numel() > ROOM or len([u for u in self._unread if u.row is not None]) >= ROWS
 
     def without_data(self) -> None:
         """A step of the other replicas, for which this one had no data."""

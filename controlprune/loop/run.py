@@ -347,7 +347,12 @@ class Run:
         """The row of this update in the history."""
         plant = self.plant
         active, held = widths_of(plant.masks), self.widths
-        previous = plant.widths_at(before, was_compact)
+        same = before is plant.masks
+        previous = held if same and was_compact == plant.compact else plant.widths_at(before, was_compact)
+        off, on = (
+            (0,) * len(active) if same else widths_of(a & ~b for a, b in zip(*pair, strict=True))
+            for pair in ((before, plant.masks), (plant.masks, before))
+        )
         change = "shrink" if sum(held) < sum(previous) else "expand" if sum(held) > sum(previous) else ""
         self.history.append(
             Record(
@@ -358,8 +363,8 @@ class Run:
                 price=dict(decision.price),
                 reference=dict(decision.reference),
                 realised=dict(self.policy.realised(active)),
-                off=widths_of(a & ~b for a, b in zip(before, plant.masks, strict=True)),
-                on=widths_of(b & ~a for a, b in zip(before, plant.masks, strict=True)),
+                off=off,
+                on=on,
                 bounds=dict(plant.error_bounds),
                 event=",".join(k for k in (self.event, decision.event, change) if k),
                 seconds=time.process_time() - self.began,

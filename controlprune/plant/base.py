@@ -205,6 +205,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     buffers: dict[str, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
-        parameters |= {dot + name: p for name, p in module._parameters.items() if p is not None}
-        buffers |= {dot + name: b for name, b in module._buffers.items() if b is not None}
+        for own, found in ((module._parameters, parameters), (module._buffers, buffers)):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    found[dot + name] = tensor
     return parameters | buffers

@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -30,11 +30,24 @@ from .interrupts import uninterrupted
 from .layout import Spot, fill_zero_
 from .silence import Silence
 
-__all__ = ["Gather", "Later", "Watch", "gather", "inner", "inners", "per_unit", "select_others"]
+__all__ = [
+    "Bundle",
+    "Gather",
+    "Later",
+    "Pair",
+    "Watch",
+    "gather",
+    "inner",
+    "inners",
+    "per_unit",
+    "select_others",
+]
 
+WIDE = (torch.float32, torch.float64)
 SMALL = 2**16  # elements of a tensor that is multiplied together with others of its shape
 
 Later: TypeAlias = Callable[[Callable[[], None]], None]
+Pair: TypeAlias = "tuple[Tensor, Tensor | None]"  # a weight and its gradient, or itself
 
 
 class Watch:
@@ -162,34 +175,35 @@ class Watch:
 class Gather:
     """From sums per position to sums per unit, for all reader dimensions at once, at the present masks.
 
-    With the position vectors of `places` one after the other in a vector x, `out[unit] += x[where]`.
-    A position counts for a unit only where every other group that stands there is live. `alike`: the places
-    that are not parked, those of small tensors of one kind together.
+    With the position vectors of the bundles one after the other in a vector x, `out[unit] += x[where]`, in
+    the order of the model's tensors. A position counts for a unit only where every other group that stands
+    there is live.
     """
 
-    places: tuple[Place, ...]
-    alike: tuple[tuple[int, ...], ...]
+    bundles: tuple[Bundle, ...]
     where: Tensor | None  # None: every position, in order
     unit: Tensor  # over all groups, one group after the other; like `where` in the narrowest integers
     units: int
 
 
 @dataclass(frozen=True)
-class Place:
-    """A reader dimension: its positions as they lie now, or the parked (silent) ones."""
+class Bundle:
+    """A reader dimension of one tensor, or of all small ones of a kind: a call costs more than their few
+    elements. Its positions as they lie now, or (then of one tensor) the parked (silent) ones."""
 
-    spot: Spot
+    spots: tuple[Spot, ...]
     dim: int
     parked: bool
-    length: int
+    length: int  # in each
 
 
 def gather(
     spots: Iterable[Spot], tensors: Mapping[str, Tensor], masks: Sequence[Tensor], compact: bool
 ) -> Gather:
     starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
-    places: list[Place] = []
+    places: list[Bundle] = []  # of one each, as they are found
     alike: dict[object, list[int]] = {}
+    parked: list[list[int]] = []
     told: dict[tuple[Extent, Extent, frozenset[int], bool], _Told] = {}
     where, unit = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     offset = 0
@@ -198,29 +212,42 @@ def gather(
         key = extent, spot.readers.get(dim, extent), spot.reads[dim], dim in spot.cuts
         one = told[key] = told.get(key) or _told(*key, masks, compact, starts)
         alike.setdefault(_kind(tensors[spot.name], dim, len(places)), []).append(len(places))
-        places += [Place(spot, dim, False, one.live)]
-        places += [Place(spot, dim, True, one.parked)] if one.parked else []
+        places += [Bundle((spot,), dim, False, one.live)]
+        if one.parked:
+            parked.append([len(places)])
+            places += [Bundle((spot,), dim, True, one.parked)]
         where, unit = [*where, one.where + offset], [*unit, one.unit]
         offset += one.live + one.parked
-    index, whose = torch.cat(where), torch.cat(unit)
+    together = [*alike.values(), *parked]
+    index, whose = _moved([p.length for p in places], together)[torch.cat(where)], torch.cat(unit)
     ordered = len(index) == offset and bool((index == torch.arange(offset)).all())
     narrow = [_narrow(whose, starts[-1]), *([] if ordered else [_narrow(index, offset)])]
-    there = sent(narrow, tensors[places[0].spot.name].device) if places else narrow
-    kinds = tuple(map(tuple, alike.values()))
-    return Gather(tuple(places), kinds, None if ordered else there[1], there[0], starts[-1])
-
-
-def per_unit(plan: Gather, found: Sequence[Tensor | None]) -> Tensor:
-    """Sum for each unit of what was `found` at each place, groups one after the other: float32."""
-    device = plan.unit.device
-    parts = [
-        torch.zeros(place.length, device=device) if values is None else values.to(device)
-        for place, values in zip(plan.places, found, strict=True)
+    there = sent(narrow, tensors[places[0].spots[0].name].device) if places else narrow
+    spots_of = (tuple(places[k].spots[0] for k in which) for which in together)
+    bundles = [
+        replace(places[which[0]], spots=spots) for which, spots in zip(together, spots_of, strict=True)
     ]
+    return Gather(tuple(bundles), None if ordered else there[1], there[0], starts[-1])
+
+
+def _moved(lengths: Sequence[int], alike: Iterable[Sequence[int]]) -> Tensor:
+    """Where every position of vectors one after the other goes, if they are put in the order of `alike`."""
+    at = torch.arange(sum(lengths)).split(list(lengths))
+    return torch.cat([at[k] for which in alike for k in which] or [torch.arange(0)]).argsort()
+
+
+def per_unit(plan: Gather, found: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """Sum for each unit of what was `found` in each bundle, None: zeros, all of float32."""
+    device, silent = plan.unit.device, 0
+    entries = [(b.length, values) for b, many in zip(plan.bundles, found, strict=True) for values in many]
+    while entries and entries[-1][1] is None:  # what is parked, where it is not seen
+        silent += entries.pop()[0]
+    parts = [torch.zeros(n, device=device) if x is None else x.to(device) for n, x in entries]
+    parts += [torch.zeros(silent, device=device)] if silent else []
     out = torch.zeros(plan.units, device=device)
     if parts:
         values = torch.cat(parts)
-        values = values if plan.where is None else values[plan.where.long()]
+        values = values if plan.where is None else values.index_select(0, plan.where.int())
         out.index_add_(0, plan.unit.int(), values.to(out))
     return out
 
@@ -233,31 +260,49 @@ def select_others(tensor: Tensor, spot: Spot, dim: int) -> Tensor:
     return tensor
 
 
-def inners(plan: Gather, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """Place -> `inner` of its pair; those alike together, as a call costs more than their few elements."""
-    for which in plan.alike:
-        here = [k for k in which if k in pairs]
-        if len(here) > 1 and _stackable([pairs[k] for k in here]):
-            dim = plan.places[here[0]].dim
-            first, second = ([pairs[k][side] for k in here] for side in (0, 1))
-            stacked = torch.stack(first)
-            same = first[0] is second[0]
-            found = inner(stacked, stacked if same else torch.stack(second), dim + 1, kept=0)
-            yield from zip(here, found.unbind(), strict=True)
+def inners(plan: Gather, pairs: Mapping[int, Sequence[Pair]]) -> list[list[Tensor | None]]:
+    """Of every bundle that has pairs, `inner` of each: bundle by bundle in one vector, where that can be."""
+    found: list[list[Tensor | None]] = [[None] for _ in plan.bundles]
+    whole = {n: many for n, many in pairs.items() if len(many) > 1 and _stackable(many)}
+    products = _products([pair for many in whole.values() for pair in many])
+    for n, many in pairs.items():
+        dim = plan.bundles[n].dim
+        if n in whole:
+            stacked = torch.stack(list(itertools.islice(products[many[0][0].device], len(many))))
+            found[n] = [_sum(stacked, 0, dim + 1).flatten()]
         else:
-            yield from ((k, inner(*pairs[k], plan.places[k].dim)) for k in here)
+            found[n] = [None if b is None else inner(a, b, dim) for a, b in many]
+    return found
 
 
-def _stackable(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Are they on one device, wherever the user took them since, and are gradients dense?"""
-    device = pairs[0][0].device
-    return all(a.device == device and b.layout == torch.strided for a, b in pairs)
+def _stackable(pairs: Sequence[Pair]) -> bool:
+    """Are they dense, of one shape and on one device, wherever the user took them since?"""
+    device, shape = pairs[0][0].device, pairs[0][0].shape
+    return all(
+        b is not None and b.layout == torch.strided and a.device == device and a.shape == shape
+        for a, b in pairs
+    )
 
 
-def inner(a: Tensor, b: Tensor, dim: int, *, kept: int | None = None) -> Tensor:
-    """Σ over all dimensions but `dim`, and `kept`, of Re(a* b), in at least float32."""
-    product = (a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b
-    others = [d for d in range(product.ndim) if d not in (dim, kept)]
+def _products(pairs: Iterable[Pair]) -> dict[torch.device, Iterator[Tensor]]:
+    """Of real tensors, in order, all of a device in one call, in at least float32."""
+    sides: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for a, b in pairs:
+        if b is not None:
+            first, second = sides.setdefault(a.device, ([], []))
+            first.append(a if a.dtype in WIDE else a.float())
+            second.append(b)
+    multiply = torch._foreach_mul  # pyright: ignore[reportPrivateImportUsage]
+    return {device: iter(multiply(first, second)) for device, (first, second) in sides.items()}
+
+
+def inner(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Σ over all dimensions but `dim` of Re(a* b), in at least float32."""
+    return _sum((a.conj() * b).real if a.is_complex() else a.to(_wide(a)) * b, dim)
+
+
+def _sum(product: Tensor, *kept: int) -> Tensor:
+    others = [d for d in range(product.ndim) if d not in kept]
     return product.sum(others) if others else product
 
 
@@ -300,7 +345,7 @@ def _told(
 
 def _kind(tensor: Tensor, dim: int, place: int) -> object:
     """Equal for small tensors that can be multiplied together."""
-    small = tensor.numel() <= SMALL and tensor.layout == torch.strided
+    small = tensor.numel() <= SMALL and tensor.layout == torch.strided and not tensor.is_complex()
     return (tensor.shape, tensor.dtype, tensor.device, dim) if small else place
 
 

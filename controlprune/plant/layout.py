@@ -130,6 +130,15 @@ class Spot:
         """Dense."""
         return torch.Size([size(extent) for extent in self.extents])
 
+    @property
+    def left(self) -> torch.Size:
+        """Compact."""
+        if not self.cuts:
+            return self.shape
+        return torch.Size(
+            [self.cuts[d].live.shape[0] if d in self.cuts else n for d, n in enumerate(self.shape)]
+        )
+
     def keys(self, device: torch.device) -> list[CutKey]:
         """Of its dimensions."""
         return [
@@ -163,9 +172,8 @@ class Changed(RuntimeError):
 def require_as_laid(spots: Iterable[Spot], tensors: Mapping[str, Tensor], *, compact: bool) -> None:
     """`Changed`, which names it, if a tensor is not as it was left: gone, or of another shape."""
     for spot in spots:
-        left = [len(spot.cuts[d].live) if compact and d in spot.cuts else n for d, n in enumerate(spot.shape)]
-        found = tensors.get(spot.name)
-        if found is None or list(found.shape) != left:
+        left, found = spot.left if compact else spot.shape, tensors.get(spot.name)
+        if found is None or found.shape != left:
             what = "gone" if found is None else f"of shape {tuple(found.shape)}, and was {tuple(left)}"
             raise Changed(
                 f"model: its tensor {spot.name!r} is {what}: replaced, pruned or parametrized by others "

@@ -36,7 +36,7 @@ from ..structure.standins import count_live
 from ..structure.surroundings import plainly
 from .base import BasePlant, Kind
 from .cuts import cuts_at
-from .gate_gradients import Gather, Later, gather, inner, inners, per_unit, select_others
+from .gate_gradients import Gather, Later, Pair, gather, inner, inners, per_unit, select_others
 from .hooks import Link
 from .layout import Spot, Switch, at, cuts_of, follow, move, require_as_laid
 from .masks import Masks, all_on, checked
@@ -234,19 +234,20 @@ class Plant(BasePlant):
         plan, tensors = self._plan()
         watches = {} if self._rest is None else self._rest.watches
         with torch.no_grad():
-            pairs: dict[int, tuple[Tensor, Tensor]] = {}
-            found: list[Tensor | None] = [None] * len(plan.places)
-            for k, place in enumerate(plan.places):
-                tensor = tensors[place.spot.name]
-                if only is not None and id(tensor) not in only:
-                    continue
-                if place.parked:
-                    watch = watches.get(place.spot.name)
-                    found[k] = None if watch is None else watch.read(place.dim)
-                elif (gradient := tensor.grad) is not None:
-                    pairs[k] = (tensor, gradient)
-            for k, values in inners(plan, pairs):
-                found[k] = values
+            pairs: dict[int, list[Pair]] = {}
+            for n, bundle in enumerate(plan.bundles):
+                here = [tensors[spot.name] for spot in bundle.spots]
+                if not bundle.parked:
+                    pairs[n] = [(x, x.grad if only is None or id(x) in only else None) for x in here]
+            found = inners(plan, pairs)
+            for n, bundle in enumerate(plan.bundles):
+                spot = bundle.spots[0]
+                if (
+                    bundle.parked
+                    and spot.name in watches
+                    and (only is None or id(tensors[spot.name]) in only)
+                ):
+                    found[n] = [watches[spot.name].read(bundle.dim)]
             return per_unit(plan, found)
 
     @property
@@ -255,13 +256,17 @@ class Plant(BasePlant):
         if not self._seen:
             tensors = self.tensors()
             self._seen = {s.name: tensors[s.name] for s in self._spots if s.name in tensors}
-        return any(tensor.grad is not None for tensor in self._seen.values())
+        for tensor in self._seen.values():  # noqa: SIM110  (asked at every step; nearly always the first tells)
+            if tensor.grad is not None:
+                return True
+        return False
 
     @property
     def observable(self) -> tuple[bool, ...]:
         """Per group: is all trained that reads its units, so that ∂L/∂g is known?"""
-        tensors = self._plan()[1]
-        if all(s.is_parameter and tensors[s.name].requires_grad for s in self._spots if s.reads):
+        plan, tensors = self._plan()
+        read = [spot for bundle in plan.bundles for spot in bundle.spots]
+        if all(spot.is_parameter and tensors[spot.name].requires_grad for spot in read):
             return (True,) * len(self.structure.groups)
         frozen = {
             g
@@ -276,20 +281,21 @@ class Plant(BasePlant):
         """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
         plan, tensors = self._plan()
         with torch.no_grad():
-            found: list[Tensor | None] = [None] * len(plan.places)
-            pairs: dict[int, tuple[Tensor, Tensor]] = {}
-            for k, place in enumerate(plan.places):
-                tensor, dim = tensors[place.spot.name], place.dim
-                if place.parked:
-                    found[k] = self._parked_norms(place.spot, dim)
-                elif self.compact or not (place.spot.cuts.keys() - {dim}):
-                    pairs[k] = (tensor, tensor)
-                else:
-                    heard = select_others(tensor, place.spot, dim)
-                    found[k] = inner(heard, heard, dim)
-            for k, values in inners(plan, pairs):
-                found[k] = values
+            pairs: dict[int, list[Pair]] = {}
+            for n, bundle in enumerate(plan.bundles):
+                if not bundle.parked:
+                    here = [self._heard(spot, tensors[spot.name], bundle.dim) for spot in bundle.spots]
+                    pairs[n] = [(x, x) for x in here]
+            found = inners(plan, pairs)
+            for n, bundle in enumerate(plan.bundles):
+                if bundle.parked:
+                    found[n] = [self._parked_norms(bundle.spots[0], bundle.dim)]
             return list(per_unit(plan, found).split(self.structure.sizes))
+
+    def _heard(self, spot: Spot, tensor: Tensor, dim: int) -> Tensor:
+        """What of it is live, in all dimensions but this."""
+        apart = not self.compact and spot.cuts.keys() - {dim}
+        return select_others(tensor, spot, dim) if apart else tensor
 
     def _parked_norms(self, spot: Spot, dim: int) -> Tensor:
         """Of its silent positions; they are what they are until the next layout."""
