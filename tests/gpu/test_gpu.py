@@ -27,6 +27,7 @@ pytestmark = [
     ),  # torch warns of a card's features (TF32, few SMs): no fault of ours
 ]
 STEPS = 60
+DEVICE = torch.device("cuda")  # test_tried_on_a_cpu.py puts another one here
 
 
 def wide() -> nn.Module:
@@ -38,24 +39,31 @@ NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "mlp": (mlp, (8,)), "residual": (Residual, (1, 4, 4)), "wide": (wide, (8,)),
 }  # fmt: skip
 SMALL = ("mlp", "residual")
+WHOLE: list[dict[str, Any]] = [
+    {"amp": True},
+    {"name": "residual", "channels_last": True},
+    {"optimizer_options": {"fused": True}},
+    {"optimizer_options": {"fused": True}, "amp": True},
+    {"optimizer_options": {"foreach": True}},
+    {"optimizer_options": {"capturable": True}},
+]
 
 
 def batch(step: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     x = torch.randn(16, *shape, generator=torch.Generator().manual_seed(step))
-    return x.cuda(non_blocking=True), x.flatten(1)[:, :8].view(16, 4, 2).sum(2).argmax(1).cuda(
-        non_blocking=True
-    )
+    y = x.flatten(1)[:, :8].view(16, 4, 2).sum(2).argmax(1)
+    return x.to(DEVICE, non_blocking=True), y.to(DEVICE, non_blocking=True)
 
 
 class Run:
     def __init__(self, name: str = "mlp", budget: cp.Budget | None = None, **options: Any) -> None:
         make, self.shape = NETS[name]
-        self.model = make().cuda()
+        self.model = make().to(DEVICE)
         if options.pop("channels_last", False):
             self.model = self.model.to(memory_format=torch.channels_last)
         kind = options.pop("optimizer", torch.optim.AdamW)
         self.optimizer = kind(self.model.parameters(), lr=0.01, **options.pop("optimizer_options", {}))
-        self.scaler = torch.amp.GradScaler("cuda") if options.pop("amp", False) else None
+        self.scaler = torch.amp.GradScaler(DEVICE.type) if options.pop("amp", False) else None
         options.setdefault("policy", QUICK)
         self.controller = cp.attach(
             self.model, self.optimizer, budget=budget or cp.Budget(flops=0.5),
@@ -67,7 +75,7 @@ class Run:
     def train(self, steps: int) -> None:
         for _ in range(steps):
             x, y = batch(self.controller.steps, self.shape)
-            with torch.autocast("cuda", torch.float16, enabled=self.scaler is not None):
+            with torch.autocast(DEVICE.type, torch.float16, enabled=self.scaler is not None):
                 loss = nn.functional.cross_entropy(self.forward(x), y)
             if self.scaler is None:
                 loss.backward()
@@ -97,24 +105,13 @@ def test_masked_equals_shrunk_and_comes_back(name: str, park_on: str | None) -> 
     assert all(torch.equal(run.model.state_dict()[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"amp": True},
-        {"name": "residual", "channels_last": True},
-        {"optimizer_options": {"fused": True}},
-        {"optimizer_options": {"fused": True}, "amp": True},
-        {"optimizer_options": {"foreach": True}},
-        {"optimizer_options": {"capturable": True}},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_whole_runs(options: dict[str, Any]) -> None:
     run = Run(**options)
     run.train(STEPS)
     small: Any = run.controller.finalize()
     assert run.controller.cost()["flops"].fraction <= 0.5
-    assert next(small.parameters()).is_cuda
+    assert next(small.parameters()).device.type == DEVICE.type
     if options.get("channels_last"):
         assert small.stem.weight.is_contiguous(memory_format=torch.channels_last)
 
@@ -129,7 +126,7 @@ def test_between_updates_nothing_waits() -> None:
         try:
             nn.functional.cross_entropy(run.model(x), y).backward()
             run.optimizer.step()
-            run.controller.step(torch.zeros((), device="cuda"))
+            run.controller.step(torch.zeros((), device=DEVICE))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         run.optimizer.zero_grad()
@@ -169,7 +166,7 @@ def replay_seconds(model: nn.Module, x: Tensor) -> float:
 def test_latency_of_a_graph_under_budget() -> None:
     """And the run goes on beside it: other streams, other graphs, the user's memory."""
     x = batch(0, (8,))[0]
-    dense = replay_seconds(wide().cuda().eval(), x)
+    dense = replay_seconds(wide().to(DEVICE).eval(), x)
     run = Run("wide", budget=cp.Budget(latency=0.7), instruments=cp.Instruments(cuda_graph=True))
     run.train(STEPS)
     small = run.controller.finalize().eval()
@@ -188,7 +185,7 @@ class Reads(nn.Module):
 
 
 def test_a_forward_that_waits_cannot_be_captured() -> None:
-    model, x = Reads().cuda(), batch(0, (8,))[0]
+    model, x = Reads().to(DEVICE), batch(0, (8,))[0]
     with pytest.raises(ValueError, match="cannot be captured as a CUDA graph"):
         measure_widths(analyse(model, (x,)), model, (x,), [(32,)], cuda_graph=True)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
@@ -222,7 +219,7 @@ def test_shards_wait_in_page_locked_memory(rank: int, tmp_path: Any) -> None:
     )
     model = mlp()
     traced = cp.trace(model, (torch.zeros(16, 8),))
-    fully_shard(model.cuda())
+    fully_shard(model.to(DEVICE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     controller = cp.attach(model, optimizer, budget=cp.Budget(flops=0.5), example_inputs=traced,
                            total_steps=STEPS, round_to=1, policy=QUICK, park_on="cpu")  # fmt: skip
