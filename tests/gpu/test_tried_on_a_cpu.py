@@ -1,4 +1,4 @@
-"""The tests that wait for a card, their bodies gone through on a CPU: no slip of ours is left for a first run."""
+"""The tests that wait for a card, their bodies gone through on a CPU: a first run finds no slip of ours."""
 
 from __future__ import annotations
 
