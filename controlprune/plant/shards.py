@@ -80,7 +80,7 @@ class Shards:
         tables = [torch.empty_like(table) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(tables, table, group=self.group)
         taken = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        for lower in tables[: dist.get_rank(self.group)]:  # a rank at a time: one after a thousand is not slow
+        for lower in tables[: dist.get_rank(self.group)]:  # not tensor by tensor
             taken |= (lower == table).all(1)
         return frozenset(name for name, gone in zip(names, taken.tolist(), strict=True) if not gone)
 
