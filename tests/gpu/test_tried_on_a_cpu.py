@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_what_only_a_card_has_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
 def test_one_rank(rank: int) -> None:
     test_gpu.DEVICE, group = CPU, dist.new_group
     dist.new_group = lambda backend: group(backend="gloo")
-    test_gpu.test_nccl_with_one_rank.__wrapped__(rank)
+    inspect.unwrap(test_gpu.test_nccl_with_one_rank)(rank)
 
 
 @ranks(1)
@@ -68,4 +69,4 @@ def test_shards(rank: int, tmp_path: Path) -> None:
     test_gpu.DEVICE, begin = CPU, dist.init_process_group
     dist.init_process_group = lambda backend, **named: begin("gloo", **named)
     Tensor.is_pinned = lambda self: True  # type: ignore[assignment, method-assign]
-    test_gpu.test_shards_wait_in_page_locked_memory.__wrapped__(rank, tmp_path)
+    inspect.unwrap(test_gpu.test_shards_wait_in_page_locked_memory)(rank, tmp_path)
