@@ -24,6 +24,7 @@ from .surroundings import plainly
 from .tape.build import build
 from .tape.rows import Rows
 from .tape.tape import Tape
+from .trial import FIXED
 from .untouched import Memory
 from .verify import flops, verify, without
 from .views import inferring
@@ -72,9 +73,9 @@ def _with_views(
     traced, more = _inferring(model, views, structure.forwards, trace, tried)
     if _reach(more) >= _reach(structure):
         return more
-    forwards = more.forwards
-    if (traced.names, traced.sizes) == (structure.names, structure.sizes):  # what passes without passes so
-        left, views = tried(replace(_but_for(structure, more), forwards=forwards))
+    forwards, left = more.forwards, _but_for(structure, traced, more)
+    if left is not None:
+        left, views = tried(replace(left, forwards=forwards))
         forwards = left.forwards
         if views:
             return replace(more, forwards=forwards)
@@ -96,11 +97,17 @@ def _inferring(
         views, forwards = (*views, *more), found.forwards
 
 
-def _but_for(structure: Structure, found: Structure) -> Structure:
-    """Without the groups that are refused in what was found of the same ones."""
+def _but_for(structure: Structure, traced: Structure, found: Structure) -> Structure | None:
+    """The structure without the groups that were refused because the code raised, where no other reason did.
+
+    Code that raises where sizes are inferred raises without, so nothing more can be had: None where that is
+    not known, as numbers differed, or other groups were traced.
+    """
+    if (traced.names, traced.sizes) != (structure.names, structure.sizes):
+        return None
     reasons = {refusal.name: refusal.reason for refusal in found.refused}
     gone = {n: reasons[name] for n, name in enumerate(structure.names) if name not in found.names}
-    return without(structure, gone)
+    return without(structure, gone) if all(reason.startswith(FIXED) for reason in gone.values()) else None
 
 
 def _reach(structure: Structure) -> float:

@@ -105,10 +105,22 @@ class _Check:
 
     def run(self) -> None:
         """Refuse until every draw passes with what is left, and draws of every kind are among them."""
+        if self.structure.views:  # what is lost here may still be had without them
+            self._forgo()
         passed: dict[int, list[int]] = {}
         while stale := self._stale(passed):
             self.bisect(stale[0], [], _by_likeness(self.structure, self.left))
             passed[stale[0]] = self.left
+
+    def _forgo(self) -> None:
+        """Refuse what can't be tried out, before any pass; but for views, which may yet infer sizes."""
+        guards = [guard for guard in self.structure.guards if guard.operator != "fits"]
+        while True:
+            try:
+                unseen(guards, self._rungs(), [])
+                return
+            except Unprovable as reason:
+                self.refused.update(dict.fromkeys(reason.groups, reason.reason))
 
     def _stale(self, passed: Mapping[int, list[int]]) -> list[int]:
         """Draws that have not passed with what is left; new ones where kinds of widths are missing."""

@@ -14,7 +14,7 @@ import controlprune as cp
 from controlprune.state.widths import narrow, record
 from controlprune.structure import analyse
 from controlprune.structure.groups import widths_of
-from controlprune.structure.views import InfersSizes
+from controlprune.structure.views import InfersSizes, inferring
 
 from .agreement import worst
 
@@ -121,6 +121,31 @@ class Fixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x).view(len(x), 12) + torch.zeros(len(x), 12)
         return self.leave(self.wide(x).relu()) + self.mix(h)
+
+
+class Rescaled(Attention):
+    """The scale follows from the width too, as in torchvision's Swin: it would be another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.qkv(x).split(self.width, dim=2)
+        q, k, v = (y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in (q, k, v))
+        q = q * (C // self.heads) ** -0.5
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def test_what_is_asked_of_sizes_is_heard_where_views_infer_theirs() -> None:
+    model, tokens = net(Rescaled)
+    with torch.no_grad():
+        for block in (model.first, model.second):
+            block.qkv.weight.mul_(1e-3)  # so that no number tells one scale from another
+    structure = analyse(model, tokens)
+    with inferring(model, ["first", "second"]):
+        asked = analyse(model, tokens, check=False).guards
+    assert any("** -0.5" in guard.line for guard in asked if guard.operator == "value")
+    assert 16 not in structure.sizes
+    assert worst(model, tokens, structure) < 1e-5
 
 
 def test_where_inferring_does_not_help_the_rest_is_found_without() -> None:

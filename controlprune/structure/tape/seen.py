@@ -94,6 +94,7 @@ class Question:
 
 NOT_ASKED = ("torch", __name__.partition(".")[0])  # packages whose own questions are none of the model's
 FOLDER = __file__.rpartition("/")[0] + "/"
+FOLLOWS = (FOLDER, FOLDER.removesuffix("tape/") + "views.py")  # files that a call of torch's goes through
 SMOOTH = ("add", "sub", "mul", "truediv", "neg", "pow")
 DEEPEST = 64  # operators, one upon the other (a counter in a loop), that are followed
 VALUE = "value"  # the operator of a question for the number itself: each number is an answer of its own
@@ -307,10 +308,11 @@ def _tell(name: str, *terms: Term, through: bool = False) -> None:
 def _giver() -> FrameType | None:
     """Who called torch, which handed the call on to this folder."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(FOLDER):
-        frame = frame.f_back
-    if frame is not None and frame.f_code.co_filename == torch.overrides.__file__:
-        frame = _out_of_file(_out_of_file(frame))
+    while frame is not None and frame.f_code.co_filename.startswith(FOLLOWS):
+        while frame is not None and frame.f_code.co_filename.startswith(FOLLOWS):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename == torch.overrides.__file__:
+            frame = _out_of_file(_out_of_file(frame))
     return frame
 
 
