@@ -14,7 +14,7 @@ Everything runs on the same net in training with `Control(invert=False)`: the ma
                  feed-forward alone, and cubic gradual pruning by width, which cannot know of it
 
 The experiments are in loop_studies.py, the pictures, which go to `--out`, in loop_figures.py. Widths go in
-single units (`round_to=1`). About six minutes of CPU time.
+single units (`round_to=1`). About seven minutes of CPU time.
 """
 
 from __future__ import annotations

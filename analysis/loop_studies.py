@@ -49,6 +49,7 @@ def watched(task: Task, seed: int, regulator: Probed) -> Trace:
     )  # masked, every unit is seen at every update: none is a look
     side, controller = controlled(task, seed, BUDGET, EVERY * UPDATES, policy, round_to=1)
     train([side], EVERY * UPDATES)
+    controller.detach()
     rows = list(controller.history)[:-1]  # the last update enforces the budget
     first = int(SETTLED * UPDATES)
     use = np.array([row.realised["flops"] for row in rows])
