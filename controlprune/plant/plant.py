@@ -284,18 +284,14 @@ class Plant(BasePlant):
             pairs: dict[int, list[Pair]] = {}
             for n, bundle in enumerate(plan.bundles):
                 if not bundle.parked:
-                    here = [self._heard(spot, tensors[spot.name], bundle.dim) for spot in bundle.spots]
-                    pairs[n] = [(x, x) for x in here]
+                    here, dim = [(spot, tensors[spot.name]) for spot in bundle.spots], bundle.dim
+                    heard = [x if self.compact else select_others(x, spot, dim) for spot, x in here]
+                    pairs[n] = [(x, x) for x in heard]
             found = inners(plan, pairs)
             for n, bundle in enumerate(plan.bundles):
                 if bundle.parked:
                     found[n] = [self._parked_norms(bundle.spots[0], bundle.dim)]
             return list(per_unit(plan, found).split(self.structure.sizes))
-
-    def _heard(self, spot: Spot, tensor: Tensor, dim: int) -> Tensor:
-        """What of it is live, in all dimensions but this."""
-        apart = not self.compact and spot.cuts.keys() - {dim}
-        return select_others(tensor, spot, dim) if apart else tensor
 
     def _parked_norms(self, spot: Spot, dim: int) -> Tensor:
         """Of its silent positions; they are what they are until the next layout."""

@@ -143,7 +143,9 @@ def test_near_a_jordan_block_a_diagonal_system_is_found_all_the_same() -> None:
     z = sweep((poles, B, C))
     error = gain(response(poles, B, C, z, real=False) - response(*small, z, real=False))
     assert error <= 1e-6 * values[0]
-    assert np.abs(small[1] * small[2].T).max() < 2e8, "cancels no worse than before"
+    # of a triple pole rounding moves each by ε^(1/3) = 6e-6, here 6 % of what lies between them, one way or
+    # another by the machine's LAPACK: residues of 2e8 come out up to a few times 6 % larger
+    assert np.abs(small[1] * small[2].T).max() < 3e8, "cancels hardly worse than before"
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
