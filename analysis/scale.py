@@ -75,6 +75,11 @@ class Plan:
     saved: float  # of the run's time
 
 
+def _step(cluster: Cluster, model: Model) -> float:
+    """Seconds of a dense one."""
+    return 6 * model.parameters * model.tokens / cluster.ranks / cluster.flops
+
+
 def plan(
     cluster: Cluster,
     model: Model,
@@ -86,7 +91,7 @@ def plan(
     at: float = 0.15,
 ) -> Plan:
     """A run of `steps` that shrinks `shrinks` times and is at `fraction` from `at` of the run on."""
-    step = 6 * model.parameters * model.tokens / cluster.ranks / cluster.flops
+    step = _step(cluster, model)
     size = 8 * (9 + 2 * every) + 4 * model.units * observed
     decision = DECIDED * model.units * math.log2(model.units)
     update = cluster.all_reduce(size) + decision
@@ -125,7 +130,7 @@ def schedule(
     over: float = 0.3,
 ) -> list[Shrink]:
     """Even cuts of the work to `fraction`, the last one at `over` of the run."""
-    step = 6 * model.parameters * model.tokens / cluster.ranks / cluster.flops
+    step = _step(cluster, model)
     whole, before, found = (2 + model.states) * model.parameters * model.bytes, 1.0, list[Shrink]()
     for k in range(1, shrinks + 1):
         then, at = 1.0 - (1.0 - fraction) * k / shrinks, round(over * steps * k / shrinks)

@@ -349,10 +349,10 @@ class Run:
         active, held = widths_of(plant.masks), self.widths
         same = before is plant.masks
         previous = held if same and was_compact == plant.compact else plant.widths_at(before, was_compact)
-        off, on = (
-            (0,) * len(active) if same else widths_of(a & ~b for a, b in zip(*pair, strict=True))
-            for pair in ((before, plant.masks), (plant.masks, before))
-        )
+        off = on = (0,) * len(active)
+        if not same:
+            off = widths_of(a & ~b for a, b in zip(before, plant.masks, strict=True))
+            on = widths_of(b & ~a for a, b in zip(before, plant.masks, strict=True))
         change = "shrink" if sum(held) < sum(previous) else "expand" if sum(held) > sum(previous) else ""
         self.history.append(
             Record(

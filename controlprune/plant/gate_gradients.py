@@ -38,7 +38,6 @@ __all__ = [
     "Watch",
     "gather",
     "inner",
-    "inners",
     "per_unit",
     "select_others",
 ]
@@ -236,7 +235,29 @@ def _moved(lengths: Sequence[int], alike: Iterable[Sequence[int]]) -> Tensor:
     return torch.cat([at[k] for which in alike for k in which] or [torch.arange(0)]).argsort()
 
 
-def per_unit(plan: Gather, found: Sequence[Sequence[Tensor | None]]) -> Tensor:
+def per_unit(
+    plan: Gather, pair: Callable[[Spot, int], Pair], parked: Callable[[Spot, int], Tensor | None]
+) -> Tensor:
+    """Σ of the products of each `pair` over what reads a unit, and of what is told of what is `parked`.
+
+    Both are asked of a spot and a dimension. None: zeros.
+    """
+    with torch.no_grad():
+        found = _inners(
+            plan,
+            {
+                n: [pair(spot, bundle.dim) for spot in bundle.spots]
+                for n, bundle in enumerate(plan.bundles)
+                if not bundle.parked
+            },
+        )
+        for n, bundle in enumerate(plan.bundles):
+            if bundle.parked:
+                found[n] = [parked(bundle.spots[0], bundle.dim)]
+        return _to_units(plan, found)
+
+
+def _to_units(plan: Gather, found: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """Sum for each unit of what was `found` in each bundle, None: zeros, all of float32."""
     device, silent = plan.unit.device, 0
     entries = [(b.length, values) for b, many in zip(plan.bundles, found, strict=True) for values in many]
@@ -260,7 +281,7 @@ def select_others(tensor: Tensor, spot: Spot, dim: int) -> Tensor:
     return tensor
 
 
-def inners(plan: Gather, pairs: Mapping[int, Sequence[Pair]]) -> list[list[Tensor | None]]:
+def _inners(plan: Gather, pairs: Mapping[int, Sequence[Pair]]) -> list[list[Tensor | None]]:
     """Of every bundle that has pairs, `inner` of each: bundle by bundle in one vector, where that can be."""
     found: list[list[Tensor | None]] = [[None] for _ in plan.bundles]
     whole = {n: many for n, many in pairs.items() if len(many) > 1 and _stackable(many)}

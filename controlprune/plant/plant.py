@@ -36,7 +36,7 @@ from ..structure.standins import count_live
 from ..structure.surroundings import plainly
 from .base import BasePlant, Kind
 from .cuts import cuts_at
-from .gate_gradients import Gather, Later, Pair, gather, inner, inners, per_unit, select_others
+from .gate_gradients import Gather, Later, Pair, gather, inner, per_unit, select_others
 from .hooks import Link
 from .layout import Spot, Switch, at, cuts_of, follow, move, require_as_laid
 from .masks import Masks, all_on, checked
@@ -233,22 +233,18 @@ class Plant(BasePlant):
     def gate_gradient(self, only: Collection[int] | None = None) -> Tensor:
         plan, tensors = self._plan()
         watches = {} if self._rest is None else self._rest.watches
-        with torch.no_grad():
-            pairs: dict[int, list[Pair]] = {}
-            for n, bundle in enumerate(plan.bundles):
-                here = [tensors[spot.name] for spot in bundle.spots]
-                if not bundle.parked:
-                    pairs[n] = [(x, x.grad if only is None or id(x) in only else None) for x in here]
-            found = inners(plan, pairs)
-            for n, bundle in enumerate(plan.bundles):
-                spot = bundle.spots[0]
-                if (
-                    bundle.parked
-                    and spot.name in watches
-                    and (only is None or id(tensors[spot.name]) in only)
-                ):
-                    found[n] = [watches[spot.name].read(bundle.dim)]
-            return per_unit(plan, found)
+
+        def asked(spot: Spot) -> bool:
+            return only is None or id(tensors[spot.name]) in only
+
+        def pair(spot: Spot, dim: int) -> Pair:
+            tensor = tensors[spot.name]
+            return tensor, tensor.grad if asked(spot) else None
+
+        def parked(spot: Spot, dim: int) -> Tensor | None:
+            return watches[spot.name].read(dim) if spot.name in watches and asked(spot) else None
+
+        return per_unit(plan, pair, parked)
 
     @property
     def has_gradients(self) -> bool:
@@ -280,18 +276,13 @@ class Plant(BasePlant):
     def weight_norms(self) -> list[Tensor]:
         """Σ w² over the reader columns of each unit, parked ones included: float32 of N_g per group."""
         plan, tensors = self._plan()
-        with torch.no_grad():
-            pairs: dict[int, list[Pair]] = {}
-            for n, bundle in enumerate(plan.bundles):
-                if not bundle.parked:
-                    here, dim = [(spot, tensors[spot.name]) for spot in bundle.spots], bundle.dim
-                    heard = [x if self.compact else select_others(x, spot, dim) for spot, x in here]
-                    pairs[n] = [(x, x) for x in heard]
-            found = inners(plan, pairs)
-            for n, bundle in enumerate(plan.bundles):
-                if bundle.parked:
-                    found[n] = [self._parked_norms(bundle.spots[0], bundle.dim)]
-            return list(per_unit(plan, found).split(self.structure.sizes))
+
+        def pair(spot: Spot, dim: int) -> Pair:
+            tensor = tensors[spot.name]
+            heard = tensor if self.compact else select_others(tensor, spot, dim)
+            return heard, heard
+
+        return list(per_unit(plan, pair, self._parked_norms).split(self.structure.sizes))
 
     def _parked_norms(self, spot: Spot, dim: int) -> Tensor:
         """Of its silent positions; they are what they are until the next layout."""

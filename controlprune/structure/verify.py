@@ -24,7 +24,7 @@ from .guards import Guard, Quantity, Reckoned, Unprovable, groups_of, unseen
 from .record import ExampleInputs
 from .tape.build import COMPUTES
 from .tape.grouping import ALIGNED
-from .tape.seen import NUMBER
+from .tape.seen import FITS, NUMBER
 from .trial import DIFFERS, FIXED, Failure, Trial
 from .untouched import Memory
 from .views import alike
@@ -114,7 +114,7 @@ class _Check:
 
     def _forgo(self) -> None:
         """Refuse what can't be tried out, before any pass; but for views, which may yet infer sizes."""
-        guards = [guard for guard in self.structure.guards if guard.operator != "fits"]
+        guards = [guard for guard in self.structure.guards if guard.operator != FITS]
         while True:
             try:
                 unseen(guards, self._rungs(), [])
